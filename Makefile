@@ -1,0 +1,42 @@
+# Each target makes the environment it needs: only git, make and Python >= 3.11 must be there.
+PYTHON ?= python3
+CORES ?= 2
+DATASET ?= digits
+SCALE ?= cpu
+BIN := .venv/bin
+SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --quiet rules host
+export JUPYTER_PLATFORM_DIRS := 1
+export PYDEVD_DISABLE_FILE_VALIDATION := 1
+
+.PHONY: reproduce test lab figures weights readme clean
+.DELETE_ON_ERROR:
+
+reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
+	$(SNAKEMAKE) report
+	@cat runs/$(DATASET)-$(SCALE)/report.md
+
+test: $(BIN)/ready  ## everything that CI checks
+	$(BIN)/python -m pytest tests -q
+
+lab: $(BIN)/ready  ## the notebooks in JupyterLab
+	$(BIN)/jupyter lab nbs/index.ipynb
+
+figures: $(BIN)/ready  ## the runs' results and figures become the published ones
+	$(SNAKEMAKE) publish
+
+weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
+	$(SNAKEMAKE) weights
+
+readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
+	$(BIN)/python tests/readme.py > README.md.new && mv README.md.new README.md
+
+clean:  ## removes the environment and all runs
+	rm -rf .venv runs .snakemake build *.egg-info
+
+$(BIN)/ready: requirements.lock pyproject.toml
+	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
+	$(PYTHON) -m venv .venv
+	@echo "Installing the pinned requirements into .venv (about 3 minutes)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
