@@ -9,7 +9,7 @@ __all__ = ['names', 'Likelihood', 'noise', 'Binomial', 'Bernoulli', 'Gaussian', 
 # %% ../nbs/02_likelihoods.ipynb #cell002
 import math, torch
 from dataclasses import dataclass
-from torch.nn.functional import logsigmoid, softplus
+from torch.nn.functional import binary_cross_entropy_with_logits as bce, logsigmoid
 from .paths import ProjectError
 
 # %% ../nbs/02_likelihoods.ipynb #cell005
@@ -43,7 +43,7 @@ class Binomial(Likelihood):
     def log_pixels(self, x): # [n,C,H,W] -> [n,C,H,W], nats
         k = (x*self.total).round()
         coefficient = math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
-        return coefficient - k*softplus(-self.logits) - (self.total - k)*softplus(self.logits)
+        return coefficient - self.total*bce(self.logits, k/self.total, reduction="none")
     @property
     def mean(self): return self.logits.sigmoid() # [n,C,H,W]
     def sample(self, generator=None): # [n,C,H,W]
