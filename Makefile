@@ -3,6 +3,7 @@ PYTHON ?= python3
 CORES ?= 2
 DATASET ?= digits
 SCALE ?= cpu
+README ?= README.md
 BIN := .venv/bin
 SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --quiet rules host
 export JUPYTER_PLATFORM_DIRS := 1
@@ -28,7 +29,8 @@ weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
 	$(SNAKEMAKE) weights
 
 readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
-	$(BIN)/python tests/readme.py > README.md.new && mv README.md.new README.md
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --stdout --TagRemovePreprocessor.enabled True \
+	  --TagRemovePreprocessor.remove_input_tags hide nbs/index.ipynb | sed 's#](\.\./#](#g' > $(README).new && mv $(README).new $(README)
 
 clean:  ## removes the environment and all runs
 	rm -rf .venv runs .snakemake build *.egg-info

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['idx_files', 'idx_sizes', 'binary_mnist', 'fashion_mnist', 'cifar10', 'sources', 'names', 'to_unit', 'to_levels',
-           'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar', 'idx_parts', 'cifar_parts', 'download',
-           'unpack', 'fetch', 'load']
+           'pad', 'some', 'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar', 'idx_parts', 'cifar_parts',
+           'download', 'unpack', 'fetch', 'load']
 
 # %% ../nbs/01_data.ipynb #cell002
 import gzip, hashlib, math, os, tarfile, zlib
@@ -35,6 +35,29 @@ def to_levels(
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
 
 # %% ../nbs/01_data.ipynb #cell010
+def pad(
+    x: torch.Tensor, # [n,C,H,W]
+    size: int, # the new height and width, pixels
+) -> torch.Tensor: # [n,C,size,size]
+    "The images centred on a ground of zeros; an odd pixel goes right and below. Raises `ProjectError` if they do not fit."
+    h, w = x.shape[-2:]
+    if size < max(h, w): raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger side")
+    left, top = (size-w)//2, (size-h)//2
+    return F.pad(x, (left, size-w-left, top, size-h-top))
+
+# %% ../nbs/01_data.ipynb #cell012
+def some(
+    labels: torch.Tensor, # int64 [N]
+    n: int, # how many, 0 for all
+    what: str="the data set", # for the error message
+) -> torch.Tensor: # int64 [n], ascending indices
+    "A fixed stratified choice of `n` images. Raises `ProjectError` if there are not so many."
+    if n in (0, len(labels)): return torch.arange(len(labels))
+    if not 0 < n < len(labels): raise ProjectError(f"{what} has {len(labels)} images, not {n}: choose fewer, or 0 for all")
+    from sklearn.model_selection import train_test_split
+    return torch.tensor(np.sort(train_test_split(np.arange(len(labels)), train_size=n, stratify=labels, random_state=seed_of("some", n) % 2**32)[0]))
+
+# %% ../nbs/01_data.ipynb #cell015
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
     "Train and test images with their labels. Raises `TypeError` or `ValueError` if the parts do not fit together."
@@ -66,18 +89,22 @@ class Dataset:
     def pad(self,
         size: int, # the new height and width, pixels
     ):
-        "The same images centred on a ground of zeros; an odd pixel goes right and below. Raises `ValueError` if they do not fit."
-        _, h, w = self.shape
-        if size < max(h, w): raise ValueError(f"{self.name}: {h}×{w} does not fit in {size}×{size}")
-        left, top = (size-w)//2, (size-h)//2
-        margins = left, size-w-left, top, size-h-top
-        return replace(self, train=F.pad(self.train, margins), test=F.pad(self.test, margins))
+        "The same images centred on a ground of zeros. Raises `ProjectError` if they do not fit."
+        return replace(self, train=pad(self.train, size), test=pad(self.test, size))
+
+    def subset(self,
+        n_train: int=0, # how many training images, 0 for all
+        n_test: int=0, # how many test images, 0 for all
+    ):
+        "A fixed random part of either, stratified by class. Raises `ProjectError` if there are not so many."
+        train, test = some(self.train_labels, n_train, f"{self.name} train"), some(self.test_labels, n_test, f"{self.name} test")
+        return replace(self, train=self.train[train], test=self.test[test], train_labels=self.train_labels[train], test_labels=self.test_labels[test])
 
     def __repr__(self):
         c, h, w = self.shape
         return f"{self.name}: {len(self.train):,} train and {len(self.test):,} test images, {c}×{h}×{w}, {self.levels} levels"
 
-# %% ../nbs/01_data.ipynb #cell015
+# %% ../nbs/01_data.ipynb #cell020
 def digits() -> Dataset:
     "scikit-learn's digits, split into 1,437 train and 360 test images."
     from sklearn.datasets import load_digits # imported here, for it is slow and the other data sets do without it
@@ -88,7 +115,7 @@ def digits() -> Dataset:
     train, test = (torch.tensor(np.sort(part)) for part in parts)
     return Dataset("digits", 17, x[train], x[test], y[train], y[test])
 
-# %% ../nbs/01_data.ipynb #cell023
+# %% ../nbs/01_data.ipynb #cell028
 @dataclass(frozen=True)
 class Source:
     "Where a data set is published, and how its files are known."
@@ -99,12 +126,12 @@ class Source:
     files: dict # file to read -> (bytes, MD5), both of the uncompressed content
     parse: Callable # contents in the order of `files` -> train, train labels, test, test labels as arrays
 
-# %% ../nbs/01_data.ipynb #cell025
+# %% ../nbs/01_data.ipynb #cell030
 def md5_of(data: bytes) -> str:
     "MD5 of some bytes, 32 hexadecimal digits."
     return hashlib.md5(data, usedforsecurity=False).hexdigest()
 
-# %% ../nbs/01_data.ipynb #cell026
+# %% ../nbs/01_data.ipynb #cell031
 def read(
     path: Path, # the file, gzipped if its name ends in .gz
     size: int, # its length uncompressed, bytes
@@ -121,7 +148,7 @@ def read(
     except (OSError, EOFError, zlib.error) as e: found = f"a file that cannot be read ({e})"
     raise ProjectError(f"{path}: expected {size:,} bytes (uncompressed) with MD5 {md5}, found {found}. {remedy}")
 
-# %% ../nbs/01_data.ipynb #cell036
+# %% ../nbs/01_data.ipynb #cell041
 def idx(data: bytes) -> np.ndarray: # uint8, as many axes as the file says
     "The array in an IDX file (LeCun et al., the MNIST page). Raises `ValueError` if the header and the length disagree."
     if data[:3] != b"\0\0\x08" or len(data) < 4: raise ValueError("not an IDX file of uint8")
@@ -130,7 +157,7 @@ def idx(data: bytes) -> np.ndarray: # uint8, as many axes as the file says
     if len(data) != start+math.prod(shape): raise ValueError(f"IDX header says {shape}, but {len(data)-start:,} bytes follow it")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
 
-# %% ../nbs/01_data.ipynb #cell040
+# %% ../nbs/01_data.ipynb #cell045
 def cifar(data: bytes) -> tuple: # uint8 images [n,3,32,32], labels [n]
     "The images and labels of a binary batch (Krizhevsky 2009, the CIFAR-10 page). Raises `ValueError` if it is none."
     if not data or len(data) % 3073: raise ValueError(f"not a CIFAR-10 batch: {len(data):,} bytes are no multiple of 3,073")
@@ -138,7 +165,7 @@ def cifar(data: bytes) -> tuple: # uint8 images [n,3,32,32], labels [n]
     if rows[:, 0].max() > 9: raise ValueError(f"not a CIFAR-10 batch: it has the label {rows[:, 0].max()}")
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
 
-# %% ../nbs/01_data.ipynb #cell043
+# %% ../nbs/01_data.ipynb #cell048
 def idx_parts(contents: list) -> tuple: # train, train labels, test, test labels
     "The parts of a data set in four IDX files."
     train, train_labels, test, test_labels = map(idx, contents)
@@ -149,11 +176,11 @@ def cifar_parts(contents: list) -> tuple: # train, train labels, test, test labe
     *train, test = map(cifar, contents)
     return *(np.concatenate(part) for part in zip(*train)), *test
 
-# %% ../nbs/01_data.ipynb #cell045
+# %% ../nbs/01_data.ipynb #cell050
 idx_files = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
 idx_sizes = 47_040_016, 60_008, 7_840_016, 10_008
 
-# %% ../nbs/01_data.ipynb #cell046
+# %% ../nbs/01_data.ipynb #cell051
 binary_mnist = Source("mnist", 2,
     ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     dict(zip(idx_files, ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
@@ -161,7 +188,7 @@ binary_mnist = Source("mnist", 2,
     dict(zip(idx_files, zip(idx_sizes, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
         "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")))), idx_parts)
 
-# %% ../nbs/01_data.ipynb #cell047
+# %% ../nbs/01_data.ipynb #cell052
 fashion_mnist = Source("fashion-mnist", 256,
     ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
     dict(zip(idx_files, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
@@ -169,7 +196,7 @@ fashion_mnist = Source("fashion-mnist", 256,
     dict(zip(idx_files, zip(idx_sizes, ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
         "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))), idx_parts)
 
-# %% ../nbs/01_data.ipynb #cell048
+# %% ../nbs/01_data.ipynb #cell053
 cifar10 = Source("cifar-10-batches-bin", 256,
     ("https://www.cs.toronto.edu/~kriz/",),
     {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
@@ -178,11 +205,11 @@ cifar10 = Source("cifar-10-batches-bin", 256,
         "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
         "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()}, cifar_parts)
 
-# %% ../nbs/01_data.ipynb #cell049
+# %% ../nbs/01_data.ipynb #cell054
 sources = {"binary_mnist": binary_mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
 names = "digits", *sources
 
-# %% ../nbs/01_data.ipynb #cell052
+# %% ../nbs/01_data.ipynb #cell057
 def download(
     file: str, # the container's name, at the mirrors and here
     md5: str, # its MD5
@@ -199,7 +226,7 @@ def download(
     raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
         f"Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds {folder.name}/ with the published files."]))
 
-# %% ../nbs/01_data.ipynb #cell063
+# %% ../nbs/01_data.ipynb #cell068
 def unpack(
     archive: Path, # a tar.gz file
     files: dict, # expected file -> (bytes, MD5)
@@ -218,7 +245,7 @@ def unpack(
         raise ProjectError(f"{archive}: expected a tar.gz archive, found one that cannot be unpacked ({e}). Delete it and run the same command again.") from e
     raise ProjectError(f"{archive}: expected {', '.join(sorted(missing))} in it, found none of that length. Delete it and run the same command again.")
 
-# %% ../nbs/01_data.ipynb #cell070
+# %% ../nbs/01_data.ipynb #cell075
 def fetch(
     source: Source, # what to download
 ) -> Path: # the folder that holds its files
@@ -230,7 +257,7 @@ def fetch(
         if file not in source.files: unpack(archive, source.files)
     return here
 
-# %% ../nbs/01_data.ipynb #cell071
+# %% ../nbs/01_data.ipynb #cell076
 def load(
     name: str, # one of `names`
     folder=None, # holds the published files; default `VAE_DIFFUSION_DATA`, else they are downloaded (`digits` needs none)

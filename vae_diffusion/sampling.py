@@ -9,6 +9,7 @@ __all__ = ['sigmas', 'heun', 'multistep', 'EDMPipeline', 'model_card', 'save', '
 import shutil, tempfile, torch
 from copy import deepcopy
 from pathlib import Path
+from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from . import paths
 from .banks import SampleBank
@@ -161,7 +162,7 @@ def save(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp.") as tmp:
         new = Path(tmp)/"new"
-        net = deepcopy(pipe.unet).to("cpu", dtype)
+        net = nn.Module.to(deepcopy(pipe.unet), "cpu", dtype)
         EDMPipeline(net, pipe.scheduler, pipe.config.levels).save_pretrained(new)
         paths.write_text(new/"README.md", card)
         if folder.exists(): folder.rename(Path(tmp)/"old")
@@ -176,6 +177,9 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder/"model_index.json").exists(): raise paths.ProjectError(
         f"{folder} holds no diffusion model. Train it with the train_diffusion notebook, or restore it from git.")
-    try: return EDMPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True).to(device)
+    try:
+        net = UNet2DModel.from_pretrained(folder/"unet", low_cpu_mem_usage=False)
+        scheduler = EDMDPMSolverMultistepScheduler.from_pretrained(folder/"scheduler")
+        return EDMPipeline(net, scheduler, EDMPipeline.load_config(folder)["levels"]).to(device)
     except Exception as e: raise paths.ProjectError(
         f"{folder} cannot be read ({type(e).__name__}: {e}). Restore it from git, or train it again with the train_diffusion notebook.") from e

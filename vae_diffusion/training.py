@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from . import augment
-from .data import to_levels, to_unit
+from .data import pad, to_levels, to_unit
 from .paths import ProjectError, generator, load_tensors, save_tensors
 
 # %% ../nbs/07_training.ipynb #cell005
@@ -83,10 +83,10 @@ class Mixture:
 methods = "normal", "aug_naive", "aug_tuned", "dmaapx"
 
 class First:
-    "The first `n` images of a bank, without reading them."
-    def __init__(self, images, n): self.images,self.n = images,n
+    "The first `n` images of a bank, read when asked for, and zero-padded like the data set."
+    def __init__(self, images, n, side): self.images,self.n,self.side = images,n,side
     def __len__(self): return self.n
-    def __getitem__(self, i): return self.images[i]
+    def __getitem__(self, i): return pad(self.images[i], self.side)
 
 def source(
     method, # one of `methods`
@@ -101,7 +101,7 @@ def source(
         need = k*len(dataset.train)
         if bank is None or len(bank) < need:
             raise ProjectError(f"dmaapx with k={k} needs {need} samples, the bank holds {0 if bank is None else len(bank)}: sample more, or lower k")
-        return Repeat(First(bank, need), seed)
+        return Repeat(First(bank, need, dataset.shape[-1]), seed)
     real = Repeat(dataset.train, seed)
     return real if method == "normal" else Augmented(real, augment.policy(method, dataset.name), dataset.levels, seed)
 
@@ -164,7 +164,7 @@ def fit(
     evaluate=None, # vae -> dict of numbers; `elbo_test` among them decides the best epoch
     at=(), # epochs at which to evaluate; the last one always is
     folder=None, # where `checkpoint.safetensors` is kept; without it nothing is
-    every: float=15., # seconds between checkpoints
+    every: float=15., # seconds between checkpoints; each evaluation makes one too
     run: str="", # what run this is
     progress: bool=True, # show a progress bar
 ) -> Fit:
@@ -196,7 +196,7 @@ def fit(
                     saved = time.monotonic()
             if all(row["epoch"] < epoch for row in state.curve):
                 state.record(epoch, vae, evaluate(vae) if evaluate else {})
+                if file: _save(file, run, vae, opt, state)
                 bar.set_postfix({k: f"{v:.1f}" for k, v in state.curve[-1].items() if k != "seconds"})
-    if file: _save(file, run, vae, opt, state)
     vae.eval()
     return state

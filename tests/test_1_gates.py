@@ -1,0 +1,100 @@
+"What must be true of the files themselves."
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT, run, tracked
+
+PAGES = tracked("nbs/*.ipynb")
+EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
+ORDER = "paths data likelihoods models diffusion banks sampling augment training likeness metrics settings runs results figures".split()
+
+
+def cells(page, kind="code"):
+    return [c for c in json.loads((ROOT / page).read_text())["cells"] if c["cell_type"] == kind]
+
+
+@pytest.mark.skipif("CI" not in os.environ, reason="the tree need only be clean in CI")
+def test_tree_is_clean():
+    assert run("git", "status", "--porcelain") == ""
+
+
+def test_clean_and_export_change_nothing(tmp_path):
+    for f in tracked("."):
+        (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f, tmp_path / f)
+    for command in "nbdev_clean", "nbdev_export":
+        subprocess.run([command], cwd=tmp_path, check=True, capture_output=True)
+    changed = [f for f in tracked(".") if (ROOT / f).read_bytes() != (tmp_path / f).read_bytes()]
+    assert not changed, f"run nbdev_clean and nbdev_export: {changed}"
+
+
+@pytest.mark.parametrize("page", EXPERIMENTS)
+def test_parameters_cell_agrees_with_settings(page):
+    from vae_diffusion.settings import Settings, settings_of
+    tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
+    lines = "".join(tagged[0]["source"]).splitlines()
+    assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), f"{page}: one plain parameter a line, with a comment"
+    exec("".join(tagged[0]["source"]), names := {})
+    del names["__builtins__"]
+    assert settings_of(names) == Settings(), f"{page}: defaults differ from Settings"
+
+
+@pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
+def test_params_are_settings(file):
+    from vae_diffusion.settings import params
+    names = yaml.safe_load((ROOT / file).read_text())
+    assert params(names["dataset"], names["scale"])
+    assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page):
+    assert os.path.getsize(ROOT / page) < 300_000, "a page stays under 300 KB"
+    text = (ROOT / page).read_text()
+    outputs = [o for c in cells(page) for o in c["outputs"]]
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], "stored errors or warnings"
+    assert "application/vnd.jupyter.widget" not in text
+    first = "".join(cells(page, "markdown")[0]["source"])
+    assert re.match(r"# .+\n\n> .+", first), "a page starts with a title and one line that describes it"
+
+
+def test_imports_point_one_way():
+    for i, module in enumerate(ORDER):
+        text = (ROOT / f"vae_diffusion/{module}.py").read_text()
+        used = set(re.findall(r"from \.(\w+) import", text)) | {n.strip() for names in re.findall(r"from \. import (.+)", text) for n in names.split(",")}
+        assert used <= set(ORDER[:i]), f"{module} imports {used - set(ORDER[:i])}"
+    assert {f"vae_diffusion/{m}.py" for m in ORDER} | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"} == set(tracked("vae_diffusion/*.py"))
+
+
+def test_readme_is_made_from_index(tmp_path):
+    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}")
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "README.md, nbs/index.ipynb and data/results disagree: run `make readme`"
+
+
+@pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
+def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
+    from vae_diffusion import figures, results, settings
+    name = csv.split("/")[-1].removesuffix(".csv")
+    s = settings.params(*name.rsplit("-", 1))
+    for figure, fig in figures.from_results(results.published(s.dataset, s.scale), s).items():
+        figures.save(fig, tmp_path, figure)
+        assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
+
+
+def test_wheel_works_without_the_checkout(tmp_path):
+    source = tmp_path / "source"
+    for f in tracked("."):
+        (source / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f, source / f)
+    run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
+    run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
+    code = (f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path/'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+            f"from vae_diffusion import {', '.join(ORDER)}; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
+            "assert paths.root() == paths.cache(); print(len(data.load('digits').train))")
+    assert run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"

@@ -1,0 +1,65 @@
+"The experiments, at smoke scale: alone, through the workflow, killed, and with bad parameters."
+import os
+import signal
+import subprocess
+import time
+
+import pandas as pd
+import pytest
+from conftest import ROOT, run
+
+PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
+
+
+def papermill(stage, out, *parameters):
+    pairs = [x for name, value in parameters for x in ("-p", name, value)]
+    return run(*PAPERMILL, *pairs, f"nbs/experiments/{stage}.ipynb", out / f"{stage}.ipynb")
+
+
+def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
+    papermill("measure_gaps", tmp_path, ("method", "dmaapx"))
+    folder = smoke / "digits-smoke"
+    assert {f.parent.name.split("-")[0] for f in folder.glob("*/metrics.csv")} == {"sample_bank", "train_vae", "measure_gaps"}
+
+
+def test_trained_weights_feed_the_bank(smoke, tmp_path):
+    papermill("sample_bank", tmp_path, ("weights", "trained"))
+    assert list((smoke / "digits-smoke").glob("train_diffusion-*/pipeline/model_index.json"))
+
+
+def test_workflow_resumes_and_reports(smoke):
+    command = "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "2", "--nolock", "--rerun-incomplete", "--rerun-triggers", "mtime", "--config", "dataset=digits", "scale=smoke"
+    run(*command, "report")
+    folder = smoke / "digits-smoke"
+    table = pd.read_csv(folder / "results.csv")
+    assert {"elbo_train", "elbo_test", "elbo_test_best", "elbo_star_test", "generalization_gap", "amortization_gap", "robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "iwae_test"} <= set(table.metric)
+    assert set(table.method) == {"normal", "dmaapx"} and set(table.k.dropna()) == {1, 2}
+    assert "| Normal |" in (folder / "report.md").read_text() and "<html" in (folder / "report.html").read_text()
+    before = {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
+    (folder / "report.html").unlink()
+    run(*command, "report")
+    assert before == {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}, "finished runs were run again"
+
+
+def test_killed_run_ends_with_the_same_numbers(smoke, tmp_path):
+    command = [*PAPERMILL, "-p", "epochs", "150", "-p", "seed", "7", "-y", "evaluate_at: [20, 60]", "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb"]
+    numbers = []
+    for name, kill in ("whole", False), ("killed", True):
+        os.environ["VAE_DIFFUSION_RUNS"] = str(tmp_path / name)
+        if kill:
+            process = subprocess.Popen([str(c) for c in command], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            deadline = time.monotonic() + 120
+            while not list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            assert list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and not list((tmp_path / name).glob("*/*/metrics.csv")), "the run was not caught at work"
+        run(*command)
+        numbers.append(pd.read_csv(*(tmp_path / name).glob("*/*/metrics.csv")).drop(columns=["seconds"]))
+    os.environ["VAE_DIFFUSION_RUNS"] = str(smoke)
+    pd.testing.assert_frame_equal(*numbers, check_exact=True)
+
+
+@pytest.mark.parametrize("name, value, message", [("methd", "dmaapx", "did you mean method"), ("method", "oracle", "choose one of normal"), ("epochs", "-1", "must lie between"), ("dataset", "svhn", "choose one of digits")])
+def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value, message):
+    before = set(smoke.glob("*/*"))
+    with pytest.raises(AssertionError, match=message): papermill("train_vae", tmp_path, (name, value))
+    assert set(smoke.glob("*/*")) == before
