@@ -26,7 +26,9 @@ figures: $(BIN)/ready  ## the runs' results and figures become the published one
 	$(SNAKEMAKE) publish
 
 weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
-	$(SNAKEMAKE) weights
+	TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
+	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
+	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
 
 readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --stdout --TagRemovePreprocessor.enabled True \

@@ -35,7 +35,7 @@ def unet(
         layers_per_block=layers, dropout=dropout, norm_num_groups=groups, down_block_types=down,
         up_block_types=tuple(d.replace("Down", "Up") for d in reversed(down)), add_attention=bool(attention))
 
-# %% ../nbs/04_diffusion.ipynb #cell008
+# %% ../nbs/04_diffusion.ipynb #cell009
 def coefficients(
     sigma, # [n], noise levels > 0
     sigma_data: float, # standard deviation of the images in [-1,1]
@@ -45,7 +45,7 @@ def coefficients(
     total = (s**2 + d**2).sqrt()
     return d**2/total**2, s*d/total, 1/total, sigma.log()/4
 
-# %% ../nbs/04_diffusion.ipynb #cell011
+# %% ../nbs/04_diffusion.ipynb #cell012
 class Denoiser(nn.Module):
     "The expected clean image D(x;σ), given a noisy one: Karras et al. 2022, equation 7."
     def __init__(self,
@@ -65,7 +65,7 @@ class Denoiser(nn.Module):
             out = self.net((c_in*x).float(), c_noise.float()).sample
         return c_skip*x + c_out*out.to(x.dtype)
 
-# %% ../nbs/04_diffusion.ipynb #cell016
+# %% ../nbs/04_diffusion.ipynb #cell017
 def loss(
     denoiser, # D(x;σ), with a `sigma_data`
     x, # [n,C,H,W] in [-1,1]
@@ -80,7 +80,7 @@ def loss(
     weight = (sigma**2 + denoiser.sigma_data**2)/(sigma*denoiser.sigma_data)**2
     return weight*(denoiser(noisy, sigma) - x).square().mean((1, 2, 3))
 
-# %% ../nbs/04_diffusion.ipynb #cell020
+# %% ../nbs/04_diffusion.ipynb #cell021
 def rows(
     step: int, # batches before this one
     batch: int, # images in a batch
@@ -92,7 +92,7 @@ def rows(
     order = torch.cat([torch.randperm(n, generator=paths.generator("order", seed, e)) for e in range(first, last+1)])
     return order[step*batch - first*n:][:batch]
 
-# %% ../nbs/04_diffusion.ipynb #cell023
+# %% ../nbs/04_diffusion.ipynb #cell024
 def ema_decay(
     images: int, # seen so far, this batch included
     batch: int, # images in this batch
@@ -101,7 +101,7 @@ def ema_decay(
     "Decay of the moving average over one batch, with EDM's ramp-up."
     return 0.5**(batch/max(min(halflife, 0.05*images), 1e-8))
 
-# %% ../nbs/04_diffusion.ipynb #cell026
+# %% ../nbs/04_diffusion.ipynb #cell027
 @dataclass(frozen=True)
 class Recipe:
     "How to train a diffusion model."
@@ -115,7 +115,7 @@ class Recipe:
     precision: str="float32" # in which the network computes: float32 or bfloat16
     seed: int=0 # of the order, the noise and the dropout
 
-# %% ../nbs/04_diffusion.ipynb #cell028
+# %% ../nbs/04_diffusion.ipynb #cell029
 class State:
     "All that changes while a diffusion model trains."
     def __init__(self, net, recipe):
@@ -162,7 +162,7 @@ class State:
         self.total.zero_()
         self.counted = 0
 
-# %% ../nbs/04_diffusion.ipynb #cell030
+# %% ../nbs/04_diffusion.ipynb #cell031
 def save_state(
     state: State, # to write
     path, # of the checkpoint
@@ -175,7 +175,7 @@ def save_state(
     paths.save_tensors(path, nets | moments | {"total": state.total},
         {"config": config, "steps": state.steps, "counted": state.counted, "curve": state.curve})
 
-# %% ../nbs/04_diffusion.ipynb #cell031
+# %% ../nbs/04_diffusion.ipynb #cell032
 def load_state(
     state: State, # freshly made, to be filled
     path, # of the checkpoint
@@ -194,14 +194,14 @@ def load_state(
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
     state.total, state.steps, state.counted, state.curve = tensors["total"], note["steps"], note["counted"], note["curve"]
 
-# %% ../nbs/04_diffusion.ipynb #cell033
+# %% ../nbs/04_diffusion.ipynb #cell034
 def configuration(net, images, levels, recipe) -> dict: # what JSON can hold
     "The identity of a run: the recipe, the network's shape and the images' digest."
     shape = {k: v for k, v in net.config.items() if not k.startswith("_")} if hasattr(net, "config") else {}
     return json.loads(json.dumps(asdict(recipe) | {"unet": shape, "levels": levels,
         "data": paths.digest(images.cpu().numpy().tobytes())}))
 
-# %% ../nbs/04_diffusion.ipynb #cell034
+# %% ../nbs/04_diffusion.ipynb #cell035
 def train(
     net, # UNet2DModel, on the device to train on
     images, # uint8 [n,C,H,W], values 0..levels-1

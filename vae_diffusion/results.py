@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METHODS', 'CLAIMS', 'grid', 'collect', 'published', 'reported', 'over_seeds', 'final', 'summary',
-           'markdown', 'difference', 'verdict', 'claims']
+           'markdown', 'difference', 'verdict', 'claims', 'provenance', 'claims_markdown', 'one_run']
 
 # %% ../nbs/11_results.ipynb #cell002
 from dataclasses import replace
 import pandas as pd
-from scipy import stats
 from . import paths
 from .metrics import spread
 from .paths import ProjectError
@@ -23,7 +22,8 @@ def grid(
     "Every run that the report of these settings is made of."
     main = [replace(s, method=m, seed=i) for m in s.methods for i in s.seeds]
     more = [replace(s, method="dmaapx", seed=i, k=k) for k in s.ks for i in s.seeds if k != s.k and "dmaapx" in s.methods]
-    return [Run("train_vae", v) for v in main + more] + [Run("measure_gaps", v) for v in main]
+    bank = [Run("sample_bank", s)] if "dmaapx" in s.methods else []
+    return bank + [Run("train_vae", v) for v in main + more] + [Run("measure_gaps", v) for v in main]
 
 # %% ../nbs/11_results.ipynb #cell008
 def collect(
@@ -112,9 +112,10 @@ def difference(
     against_metric=None, # if the other method is measured by another metric
 ) -> tuple: # difference of means, low, high
     "Mean of `method` minus mean of `against`, with a 95 % Welch interval over seeds."
+    from scipy.stats import ttest_ind # imported here, for it takes a second that most runs do not need
     a, b = ((t := final(table, m, k))[t.method == who].value for m, who in ((metric, method), (against_metric or metric, against)))
     if min(len(a), len(b)) < 2: raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, there are {len(a)} and {len(b)}")
-    ci = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    ci = ttest_ind(a, b, equal_var=False).confidence_interval()
     return a.mean() - b.mean(), ci.low, ci.high
 
 def verdict(
@@ -149,3 +150,34 @@ def claims(
         except ProjectError: continue # not measured, or with a single seed
         rows.append({"claim": text, "difference": mean, "low": low, "high": high, "verdict": verdict(low, high, sign)})
     return pd.DataFrame(rows, columns=["claim", "difference", "low", "high", "verdict"])
+
+# %% ../nbs/11_results.ipynb #cell026
+def provenance(
+    table: pd.DataFrame, # tidy results
+    s: Settings, # their settings
+) -> str: # Markdown
+    "One line below a table: what was run, on what, and for how long."
+    hours = table.drop_duplicates("config").seconds.sum()/3600
+    time = f"{hours:.1f} hours" if hours >= 1 else f"{60*hours:.0f} minutes"
+    return (f"Scale `{s.scale}`: {s.epochs} effective epochs, seeds {', '.join(map(str, s.seeds))}, DMaaPx with k = {s.k}. "
+            f"{table.config.nunique()} runs, {time} of computing in all, each on {' and '.join(sorted(table.hardware.unique()))}.")
+
+def claims_markdown(
+    t: pd.DataFrame, # from `claims`
+) -> str: # Markdown
+    "The claims as a table, with the digits that the intervals support."
+    lines = ["| claim | measured difference [95 % interval] | |", "|---|---:|---|"]
+    for r in t.itertuples():
+        d = 3 if "robustness" in r.claim else 1
+        lines.append(f"| {r.claim} | {r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}] | **{r.verdict}** |")
+    return "\n".join(lines)
+
+def one_run(
+    table: pd.DataFrame, # tidy results
+    method: str, # its name
+    seed: int, # the seed
+    k: int, # bank size, for `dmaapx`
+) -> str: # Markdown
+    "What the measurement of one run gives, as its notebook shows it."
+    t = table[(table.method == method) & (table.seed == seed) & (table.k.isna() | (table.k == k)) & table.metric.isin(["amortization_gap", "elbo_star_test", "iwae_test", "robustness_gap"])]
+    return "\n".join(["| metric | value | stderr | n |", "|---|---:|---:|---:|"] + [f"| `{r.metric}` | {r.value:.3f} | {r.stderr:.3f} | {r.n} |" for r in t.itertuples()])

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'published_weights', 'config', 'Run', 'open_run', 'hardware', 'environment', 'row',
            'finish', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of',
-           'full_bank', 'weights_folder', 'evaluate', 'curve_rows', 'require']
+           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'evaluate', 'curve_rows', 'require']
 
 # %% ../nbs/10_runs.ipynb #cell002
-import json, platform
+import json, platform, shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -128,14 +128,14 @@ def row(
 def finish(
     run: Run, # an open run
     rows: list, # of `row`
-    seconds: float, # how long the computing took
+    seconds, # how long the computing took, None if that is not known
     device="cpu", # where
 ) -> pd.DataFrame:
     "Writes the results, which marks the run as done, and returns them."
     s = run.settings
     vae = run.stage in ("train_vae", "measure_gaps")
     who = {"dataset": s.dataset, "scale": s.scale, "method": s.method if vae else run.stage, "seed": s.seed if vae else None, "k": s.k if vae and s.method == "dmaapx" else None,
-           "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
+           "hardware": hardware(device), "seconds": seconds and round(seconds, 1), "config": run.digest}
     table = pd.DataFrame([who | r for r in rows]).reindex(columns=COLUMNS)
     with paths.whole(run.results) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
     return read(run)
@@ -222,7 +222,20 @@ def weights_folder(s: Settings) -> Path: # in diffusers' format
     read(run)
     return run.folder/"pipeline"
 
-# %% ../nbs/10_runs.ipynb #cell022
+# %% ../nbs/10_runs.ipynb #cell020
+def publish_weights(s: Settings): # all parameters
+    "Copies the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if it is not trained."
+    source, target = weights_folder(replace(s, weights="trained")), paths.weights()/s.dataset
+    if target.exists(): shutil.rmtree(target)
+    shutil.copytree(source, target)
+
+# %% ../nbs/10_runs.ipynb #cell023
+def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler
+    "The noise levels of the samplers, as diffusers stores them."
+    from diffusers import EDMDPMSolverMultistepScheduler
+    return EDMDPMSolverMultistepScheduler(sigma_data=s.dm_sigma_data, sigma_max=s.dm_sigma_max, sigma_min=s.dm_sigma_min, sigma_schedule=s.dm_schedule)
+
+# %% ../nbs/10_runs.ipynb #cell026
 def evaluate(
     vae, # `models.VAE`
     dataset: data.Dataset, # from `dataset_of`
@@ -246,7 +259,7 @@ def curve_rows(
         rows += [{"metric": m, "value": v, "stderr": e, "n": len(dataset.train if m == "elbo_train" else dataset.test), "epoch": p["epoch"], "unit": "nats"} for m, (v, e) in numbers.items()]
     return rows
 
-# %% ../nbs/10_runs.ipynb #cell025
+# %% ../nbs/10_runs.ipynb #cell029
 def require(
     stage: str, # an experiment notebook
     s: Settings, # all parameters

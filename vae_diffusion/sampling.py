@@ -165,6 +165,7 @@ def save(
         net = nn.Module.to(deepcopy(pipe.unet), "cpu", dtype)
         EDMPipeline(net, pipe.scheduler, pipe.config.levels).save_pretrained(new)
         paths.write_text(new/"README.md", card)
+        for p in new.rglob("*.safetensors"): p.chmod(0o644)
         if folder.exists(): folder.rename(Path(tmp)/"old")
         new.rename(folder)
 

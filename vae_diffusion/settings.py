@@ -36,6 +36,9 @@ class Settings:
     dm_sigma_data: float=0.5 # standard deviation of the images in [-1,1]
     dm_ema: int=50_000 # half-life of its weight average, in images
     dm_bf16: bool=False # its network in bfloat16
+    dm_sigma_max: float=80. # highest noise level of the samplers
+    dm_sigma_min: float=0.002 # lowest noise level of the samplers before 0
+    dm_schedule: str="karras" # their levels in between: karras (EDM) or exponential (equal ratios)
     dm_seed: int=0 # of its weights, data order and noise
     weights: str="published" # diffusion model: the published one, or the one `train_diffusion` trains
     solver: str="multistep" # of the probability-flow ODE
@@ -74,8 +77,8 @@ class Settings:
 
 # %% ../nbs/09_settings.ipynb #cell007
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
-           "solver": ("heun", "multistep"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
-RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_warmup": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
+           "solver": ("heun", "multistep"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
+RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000),
           "epochs": (1, 100_000)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")}
 
