@@ -42,8 +42,9 @@ class Binomial(Likelihood):
     ): self.logits, self.total, self.shape = logits.float(), levels - 1, logits.shape
     def log_pixels(self, x): # [n,C,H,W] -> [n,C,H,W], nats
         k = (x*self.total).round()
-        coefficient = math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
-        return coefficient - self.total*bce(self.logits, k/self.total, reduction="none")
+        p = -self.total*bce(self.logits, k/self.total, reduction="none")
+        if self.total == 1: return p # the coefficient of one trial is 1
+        return p + math.lgamma(self.total + 1) - torch.lgamma(k + 1) - torch.lgamma(self.total - k + 1)
     @property
     def mean(self): return self.logits.sigmoid() # [n,C,H,W]
     def sample(self, generator=None): # [n,C,H,W]
