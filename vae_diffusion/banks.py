@@ -9,7 +9,7 @@ __all__ = ['file_digest', 'SampleBank', 'fill']
 import hashlib, json, time, torch
 import numpy as np
 from pathlib import Path
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import paths
 
 # %% ../nbs/05_banks.ipynb #cell007

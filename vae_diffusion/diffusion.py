@@ -12,7 +12,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from torch import nn
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from . import paths
 from .data import to_unit
 
