@@ -5,7 +5,8 @@ DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
 BIN := .venv/bin
-SNAKEMAKE = $(BIN)/snakemake --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --quiet rules host
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet rules host --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime
+export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
@@ -13,8 +14,8 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
-	$(SNAKEMAKE) report
-	@cat runs/$(DATASET)-$(SCALE)/report.md
+	@$(SNAKEMAKE) -- report
+	@cat $${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md
 
 test: $(BIN)/ready  ## everything that CI checks
 	$(BIN)/python -m pytest tests -q
@@ -23,7 +24,7 @@ lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 figures: $(BIN)/ready  ## the runs' results and figures become the published ones
-	$(SNAKEMAKE) publish
+	@$(SNAKEMAKE) -- publish
 
 weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
 	TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'published_weights', 'config', 'Run', 'open_run', 'hardware', 'environment', 'row',
            'finish', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of',
-           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'evaluate', 'curve_rows', 'require']
+           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'evaluate', 'curve_rows', 'changed',
+           'require']
 
 # %% ../nbs/10_runs.ipynb #cell002
 import json, platform, shutil
@@ -260,6 +261,11 @@ def curve_rows(
     return rows
 
 # %% ../nbs/10_runs.ipynb #cell029
+def changed(s: Settings) -> dict: # name -> plain value
+    "The parameters that differ from the defaults, as papermill takes them."
+    values = {f.name: (getattr(s, f.name), f.default) for f in fields(s)}
+    return {k: list(v) if isinstance(v, tuple) else v for k, (v, default) in values.items() if v != default}
+
 def require(
     stage: str, # an experiment notebook
     s: Settings, # all parameters
@@ -268,7 +274,6 @@ def require(
     run = Run(stage, s)
     if not run.done:
         import papermill
-        changed = {f.name: list(v) if isinstance(v := getattr(s, f.name), tuple) else v for f in fields(s) if getattr(s, f.name) != f.default}
         run.folder.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(paths.root()/"nbs"/"experiments"/f"{stage}.ipynb", run.folder/"notebook.ipynb", changed, kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(paths.root()/"nbs"/"experiments"/f"{stage}.ipynb", run.folder/"notebook.ipynb", changed(s), kernel_name="python3", progress_bar=False)
     return run

@@ -1,0 +1,60 @@
+"""Runs a notebook through papermill in a forked process, where PyTorch is imported already.
+
+A new kernel for each of a grid's small runs would spend as long on imports as on the work. The forked process is
+as separate as a kernel's: it has its own memory, and its failure or death leaves the others alone.
+"""
+import logging
+import os
+import signal
+import sys
+import traceback
+
+import nbformat
+import papermill
+import torch
+from execnb.shell import CaptureShell
+from papermill.engines import Engine, papermill_engines
+from vae_diffusion import figures, paths, runs  # imported here, so that every run has them
+
+
+class InProcess(Engine):
+    "A papermill engine that executes the cells in this process."
+
+    @classmethod
+    def execute_managed_notebook(cls, nb_man, kernel_name, **options):
+        shell = CaptureShell(mpl_format="png")
+        for i, cell in enumerate(nb_man.nb.cells):
+            if cell.cell_type != "code": continue
+            nb_man.cell_start(cell, i)
+            cell.outputs = [nbformat.from_dict(output) for output in shell.run(cell.source)]
+            if shell.exc:
+                nb_man.cell_exception(cell, i, exception=shell.exc)
+                return
+            nb_man.cell_complete(cell, i)
+
+
+papermill_engines.register("in_process", InProcess)
+
+
+def notebook(run, log):
+    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stdout = sys.stderr = open(log, "w", buffering=1)
+    logging.disable(logging.WARNING)  # papermill's, for parameters that belong to other notebooks
+    torch.set_num_threads(1)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    source = paths.root() / "nbs" / "experiments" / f"{run.stage}.ipynb"
+    papermill.execute_notebook(source, run.folder / "notebook.ipynb", runs.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
+
+
+def execute(run, log):
+    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails."
+    process = os.fork()
+    if not process:
+        failed = 1
+        try:
+            notebook(run, log)
+            failed = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(failed)
+    if os.waitpid(process, 0)[1]: raise paths.ProjectError(f"{run.name} failed: see {log}")
