@@ -5,7 +5,7 @@ DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet rules host --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -18,7 +18,7 @@ reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and run
 	@cat $${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md
 
 test: $(BIN)/ready  ## everything that CI checks
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest -q -n 2 tests
 
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
