@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from torch.nn import functional as F
+from tqdm import tqdm
 from .paths import ProjectError, cache, seed_of, whole
 
 # %% ../nbs/01_data.ipynb #cell005
@@ -221,7 +222,7 @@ def download(
     failures = []
     for mirror in mirrors:
         store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
-        try: return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=True, timeout=(10, 30))))
+        try: return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=tqdm(total=1, unit="B", unit_scale=True, leave=False), timeout=(10, 30))))
         except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
     raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
         f"Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds {folder.name}/ with the published files."]))
