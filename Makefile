@@ -1,4 +1,5 @@
 # Each target makes the environment it needs: only git, make and Python >= 3.11 must be there.
+SHELL := bash
 PYTHON ?= python3
 CORES ?= 2
 DATASET ?= digits
@@ -27,7 +28,8 @@ figures: $(BIN)/ready  ## the runs' results and figures become the published one
 	@$(SNAKEMAKE) -- publish
 
 weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
-	TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
+	@mkdir -p runs
+	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
 	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
 	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
 
