@@ -31,10 +31,11 @@ GROUPS["report"] = ["methods", "seeds", "ks", "k"]
 ONLY = {"fully_connected": ["hidden", "latent"], "residual": ["nc", "mz"], "gaussian": ["sigma"]}
 
 def published_weights(s: Settings) -> str: # digest
-    "The digest of the published weights. Raises `ProjectError` if there are none."
-    file = paths.weights()/s.dataset/"unet"/"diffusion_pytorch_model.safetensors"
-    if not file.exists(): raise ProjectError(f"there is no published diffusion model of {s.dataset} in {paths.weights()}: set weights to 'trained', or make it with `make weights`")
-    return digest(file.read_bytes())
+    "The digest of the published diffusion model: weights, network and noise levels. Raises `ProjectError` if there is none."
+    folder = paths.weights()/s.dataset
+    files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
+    if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make weights`")
+    return digest(b"".join(f.read_bytes() for f in files))
 
 def config(
     stage: str, # an experiment notebook, or "bank"
