@@ -87,6 +87,12 @@ class Dataset:
         "The shape of one image."
         return tuple(self.train.shape[1:])
 
+    def to(self,
+        device, # where the images shall lie
+    ):
+        "The same data with its images on a device. Labels stay."
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
     def pad(self,
         size: int, # the new height and width, pixels
     ):

@@ -15,6 +15,7 @@ from torch.distributions import Normal, kl_divergence
 from .data import to_unit
 from .intervals import Interval, bootstrap, interval, resampled, spread
 from .likeness import ms_ssim
+from .models import products
 from .paths import generator
 
 # %% ../nbs/11_metrics.ipynb #cell005
@@ -24,7 +25,8 @@ def evaluating(vae): # a `models.VAE`
     modes = [(m, m.training) for m in vae.modules()]
     grads = [(p, p.requires_grad) for p in vae.parameters()]
     autocast, vae.autocast = vae.autocast, None
-    try: yield vae.eval().requires_grad_(False)
+    try:
+        with products("highest"): yield vae.eval().requires_grad_(False)
     finally:
         vae.autocast = autocast
         for m, training in modes: m.training = training
@@ -175,7 +177,7 @@ def one_batch(vae, images, levels, steps, samples, lr, final, seed, i): # as in 
     "ELBO of the encoder's q [n], of q* [n], trace [steps,2,n], whether the prior was the better start [n]."
     q = posteriors(vae, images, levels, len(images))
     x = to_unit(images.to(q.loc.device), levels)
-    mean, log_var, trace = search(vae, x, q, steps, samples, lr, generator("search", seed, i))
+    with products("medium"): mean, log_var, trace = search(vae, x, q, steps, samples, lr, generator("search", seed, i))
     prior = averaged(vae, x, mean, log_var, 1 + final//4, generator("choose", seed, i)).argmax(0) == 1
     best = [torch.where(prior.view(-1, *[1]*(t.ndim - 2)), t[1], t[0]) for t in (mean, log_var)]
     pair = torch.stack([q.loc, best[0]]), torch.stack([2*q.scale.log(), best[1]])

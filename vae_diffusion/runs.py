@@ -25,8 +25,8 @@ from .settings import Settings
 
 # %% ../nbs/13_runs.ipynb #cell005
 GROUPS = {g: [f.name for f in fields(Settings) if f.name.startswith(p)] for g, p in dict(train_diffusion="dm_", measure_gaps=("star_", "iwae_", "attack_")).items()}
-GROUPS["bank"] = ["solver", "steps", "bank_seed"]
-GROUPS["train_vae"] = ["net", "side", "likelihood", "epochs", "batch", "lr", "bf16", "evaluate_at", "elbo_samples"]
+GROUPS["bank"] = ["solver", "steps", "bank_bf16", "bank_seed"]
+GROUPS["train_vae"] = ["net", "side", "likelihood", "epochs", "batch", "lr", "bf16", "compile", "evaluate_at", "elbo_samples"]
 GROUPS["report"] = ["methods", "seeds", "ks", "k"]
 ONLY = {"fully_connected": ["hidden", "latent"], "residual": ["nc", "mz"], "gaussian": ["sigma"]}
 
@@ -192,7 +192,8 @@ def vae_of(
         if s.net == "residual": vae = models.residual(dataset.shape, lik, s.nc, s.mz)
         else: vae = models.fully_connected(dataset.shape, lik, s.hidden, s.latent)
     vae.autocast = torch.bfloat16 if s.bf16 else None
-    return vae.to(device())
+    layout = torch.channels_last if s.net == "residual" and device() == "cuda" else torch.preserve_format
+    return vae.to(device(), memory_format=layout)
 
 def trained(
     s: Settings, # all parameters

@@ -181,7 +181,6 @@ def load_pipeline(
     try:
         net = UNet2DModel.from_pretrained(folder/"unet", low_cpu_mem_usage=False)
         scheduler = EDMDPMSolverMultistepScheduler.from_pretrained(folder/"scheduler")
-        net.to(memory_format=torch.channels_last) # a third faster on the CPU
         return EDMPipeline(net, scheduler, EDMPipeline.load_config(folder)["levels"]).to(device)
     except Exception as e: raise paths.ProjectError(
         f"{folder} cannot be read ({type(e).__name__}: {e}). Restore it from git, or train it again with the train_diffusion notebook.") from e

@@ -43,6 +43,7 @@ class Settings:
     weights: str="published" # diffusion model: the published one, or the one `train_diffusion` trains
     solver: str="multistep" # of the probability-flow ODE
     steps: int=10 # of that solver
+    bank_bf16: bool=False # its network in bfloat16
     bank_seed: int=0 # image i of the bank depends on it and i
     net: str="fully_connected" # the VAE's networks
     hidden: tuple=(64, 64) # fully connected: hidden widths of the encoder, mirrored in the decoder
@@ -56,6 +57,7 @@ class Settings:
     batch: int=100 # images a step
     lr: float=0.001 # Adam's step size
     bf16: bool=False # networks in bfloat16, likelihoods in float32 either way
+    compile: bool=False # training steps by torch.compile: half a minute at the start, faster steps
     evaluate_at: tuple=(1,) # effective epochs at which the ELBOs are measured; the last always is
     elbo_samples: int=1 # latent samples per image in these measurements
     star_images: int=20 # test images for the amortization gap

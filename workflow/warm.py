@@ -11,10 +11,12 @@ import traceback
 
 import nbformat
 import papermill
+import sklearn.datasets
+import sklearn.model_selection
 import torch
 from execnb.shell import CaptureShell
 from papermill.engines import Engine, papermill_engines
-from vae_diffusion import figures, paths, runs  # imported here, so that every run has them
+from vae_diffusion import figures, paths, runs  # imported here like scikit-learn, so that every run has them
 
 
 class InProcess(Engine):
