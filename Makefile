@@ -6,12 +6,12 @@ DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --forcerun report
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --forcerun report --config dataset=$(DATASET) scale=$(SCALE)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: reproduce test lab figures weights readme clean
+.PHONY: reproduce test lab figures samplers bench weights readme clean
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -26,6 +26,16 @@ lab: $(BIN)/ready  ## the notebooks in JupyterLab
 
 figures: $(BIN)/ready  ## the runs' results and figures become the published ones
 	@$(SNAKEMAKE) -- publish
+
+samplers: $(BIN)/ready  ## how VAEs depend on the sampler behind their bank: data/results/DATASET-samplers.csv and its figure
+	@$(SNAKEMAKE) study=samplers -- samplers
+
+bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: data/results/bench-MACHINE.csv, about 20 minutes
+	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion import bench; bench.main()"
+
+build/bench/ready: $(BIN)/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	touch $@
 
 weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
 	@mkdir -p runs

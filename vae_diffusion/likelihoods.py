@@ -9,7 +9,6 @@ __all__ = ['names', 'Likelihood', 'noise', 'log_choose', 'Binomial', 'Bernoulli'
 # %% ../nbs/02_likelihoods.ipynb #cell002
 import math, torch
 from dataclasses import dataclass
-from functools import cache
 from torch.nn.functional import binary_cross_entropy_with_logits as bce, logsigmoid
 from .paths import ProjectError
 
@@ -35,12 +34,11 @@ def noise(
     return kind(tuple(shape), generator=generator, device=device).to(like.device)
 
 # %% ../nbs/02_likelihoods.ipynb #cell010
-@cache
 def log_choose(
     n: int, # trials
     device=None, # where the table lies
 ) -> torch.Tensor: # [n+1]
-    "Logs of the binomial coefficients: a table, for `lgamma` at every pixel takes longer than the rest of the likelihood."
+    "Logs of the binomial coefficients: a table is faster than `lgamma` at every pixel."
     return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device)
 
 # %% ../nbs/02_likelihoods.ipynb #cell011

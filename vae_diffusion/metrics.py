@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['evaluating', 'posteriors', 'likelihoods', 'noise_like', 'elbo', 'iwae', 'generalization_gap', 'AmortizationGap',
            'elbo_of', 'search', 'averaged', 'one_batch', 'amortization_gap', 'symmetric_kl', 'Plateau', 'Attack',
-           'attack', 'ascend', 'RobustnessGap', 'reconstructions', 'robustness_of', 'robustness_gap']
+           'attack', 'within', 'ascend', 'RobustnessGap', 'reconstructions', 'robustness_of', 'robustness_gap']
 
 # %% ../nbs/11_metrics.ipynb #cell002
 import math, torch
@@ -236,7 +236,7 @@ class Attack:
     "What `attack` found, on the device of its input."
     x_a: torch.Tensor # [n,restarts,C,H,W] in the pixel range
     kl_start: torch.Tensor # [n,restarts], nats, at the random start, clamped into the ball and the range
-    kl: torch.Tensor # [n,restarts], nats, at x_a; never below kl_start
+    kl: torch.Tensor # [n,restarts], nats, at x_a
 
 # %% ../nbs/11_metrics.ipynb #cell045
 def attack(
@@ -252,17 +252,24 @@ def attack(
     "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises `ValueError` if x leaves the pixel range."
     if x.min() < pixels[0] or x.max() > pixels[1]: raise ValueError(f"the images leave the pixel range {pixels}")
     start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed)).to(x)
-    with evaluating(vae): found = ascend(vae, x.repeat_interleave(restarts, 0), start.flatten(0, 1), steps, lr, delta, pixels)
-    return Attack(*(t.unflatten(0, (len(x), restarts)) for t in found))
+    x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
+    with evaluating(vae):
+        with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta, pixels)
+        with torch.no_grad(): kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (within(x, start, delta, pixels), x_a))
+    return Attack(*(t.unflatten(0, (-1, restarts)) for t in (x_a, kl_start, kl)))
+
+def within(x, eps, delta, pixels): # as in `attack`
+    "The attacked images, inside the ball and the pixel range."
+    return (x + eps.clamp(-delta, delta)).clamp(*pixels)
 
 # %% ../nbs/11_metrics.ipynb #cell046
 @torch.enable_grad()
 def ascend(vae, x, eps, steps, lr, delta, pixels): # frozen VAE; images [m,...] and starts [m,...]; as in `attack`
-    "x_a [m,...], KL at the start [m] and at x_a [m]. The first gradient is taken where eps starts, even outside the ball."
+    "x_a [m,...], the best iterate or the start. The first gradient is taken where eps starts, even outside the ball."
     with torch.no_grad(): q = vae.encode(x)
-    best = (x + eps.clamp(-delta, delta)).clamp(*pixels)
-    with torch.no_grad(): first = kl = symmetric_kl(vae.encode(best), q)
-    plateau = Plateau(lr, first)
+    best = within(x, eps, delta, pixels)
+    with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
+    plateau = Plateau(lr, kl)
     for i in range(steps + 1):
         x_i = (x + eps).clamp(*pixels).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
@@ -272,7 +279,7 @@ def ascend(vae, x, eps, steps, lr, delta, pixels): # frozen VAE; images [m,...] 
         kl, best = torch.where(better, value, kl), torch.where(better.view(-1, 1, 1, 1), x_i, best)
         eps = (x_i - x + plateau.rate.to(x).view(-1, 1, 1, 1)*slope).clamp(-delta, delta)
         plateau.step(-value)
-    return best, first, kl
+    return best
 
 # %% ../nbs/11_metrics.ipynb #cell053
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"Fast paths give the numbers of plain ones, the benchmark runs, and memory does not grow with the bank."
+import json
+import os
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import run
+from vae_diffusion import bench, data, metrics, models, training
+from vae_diffusion.likelihoods import family
+
+needs_data = pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="VAE_DIFFUSION_DATA names no folder with the full data sets")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compiled_training_gives_the_plain_numbers(bf16):
+    digits, losses, elbos = data.load("digits"), [], []
+    for fast in False, True:
+        torch.manual_seed(0)
+        vae = models.fully_connected(digits.shape, family("binomial", levels=17), (64, 64), 4)
+        vae.autocast = torch.bfloat16 if fast and bf16 else None
+        curve = training.fit(vae, training.source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
+        losses.append(curve[-1]["loss"])
+        elbos.append(metrics.elbo(vae, digits.test, 17, samples=4).mean().item())
+    assert abs(losses[0] - losses[1]) < 0.1 and abs(elbos[0] - elbos[1]) < 0.1, "nats"
+    assert losses[0] != losses[1], "both ran the same code"
+
+
+def test_search_and_attack_bear_fast_products():
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    vae = models.fully_connected(digits.shape, family("binomial", levels=17), (64, 64), 4)
+    training.fit(vae, training.source("normal", digits, 0), 1437, 17, 20, lr=3e-3, progress=False)
+    x, plain = data.to_unit(digits.test[:20], 17), metrics.products
+    found = []
+    for products in plain, lambda precision: plain("highest"):
+        metrics.products = products
+        found.append((metrics.amortization_gap(vae, digits.test[:50], 17).elbo_star.mean().item(), metrics.attack(vae, x).kl.mean().item()))
+    metrics.products = plain
+    assert abs(found[0][0] - found[1][0]) < 0.1 and found[0][1] == pytest.approx(found[1][1], rel=0.05)
+
+
+def test_memory_does_not_grow_with_k():
+    "In processes of their own, with mapped files left out, as the benchmark measures it."
+    code = "import json; from vae_diffusion import bench; t = bench.alternate({('growth', 'k', k): (bench.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, False); print(json.dumps([*t.memory]))"
+    one, twenty = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
+    assert one > 5 and twenty < one + 15, "MB; the larger bank holds 58 MB more"
+
+
+@pytest.mark.parametrize("case, arguments", [
+    (bench.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (bench.sample_ours, {"steps": 2, "n": 2}), (bench.sample_ddim, {"steps": 2, "n": 2}),
+    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
+def test_cases_that_need_no_data(case, arguments):
+    assert bench.once(case, 1, arguments)["value"] > 0
+
+
+@needs_data
+@pytest.mark.parametrize("case, arguments", [
+    (bench.train_ours, {"n": 200, "epochs": 1}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
+def test_cases_on_mnist(case, arguments):
+    assert bench.once(case, 1, arguments)["value"] > 0
