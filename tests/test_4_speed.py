@@ -44,7 +44,7 @@ def test_search_and_attack_bear_fast_products():
 
 def test_memory_does_not_grow_with_k():
     "In processes of their own, with mapped files left out, as the benchmark measures it."
-    code = "import json; from vae_diffusion import bench; t = bench.alternate({('growth', 'k', k): (bench.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, False); print(json.dumps([*t.memory]))"
+    code = "import json; from vae_diffusion import bench; t = bench.alternate({('growth', 'k', k): (bench.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
     one, twenty = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
     assert one > 5 and twenty < one + 15, "MB; the larger bank holds 58 MB more"
 

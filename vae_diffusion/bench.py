@@ -10,7 +10,7 @@ __all__ = ['GROWTH', 'SPEED', 'ELBO', 'COST', 'RIVALS', 'UNITS', 'NAMES', 'Memor
            'speed_figure', 'growth_figure']
 
 # %% ../nbs/17_bench.ipynb #cell002
-import os, re, tempfile, threading, time
+import os, re, shutil, tempfile, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -58,18 +58,23 @@ def alternate(
     cases: dict, # (benchmark, case, x) -> (function, arguments); x is a number for cases that differ in one, else None
     repetitions: int, # of each
     threads: int, # CPU threads
+    file=None, # a CSV that keeps what is done; a second call goes on from it
     progress: bool=True, # show a progress bar
 ) -> pd.DataFrame: # one row a case and repetition, as `once`
-    "Runs all cases in turn, `repetitions` times, each in a process of its own. A case that fails is left out with a word."
+    "Runs all cases in turn, `repetitions` times, each in a process of its own. A case whose package is missing is left out with a word."
     context, rows = get_context("forkserver"), []
+    if file and Path(file).exists(): rows = pd.read_csv(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
+    seen = {(r["benchmark"], r["case"], r["x"], r["repetition"]) for r in rows}
     context.set_forkserver_preload(["vae_diffusion.bench"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool, tqdm(total=len(cases)*repetitions, disable=not progress) as bar:
         for i in range(repetitions):
             for (benchmark, case, x), (f, arguments) in cases.items():
                 bar.set_postfix_str(f"{benchmark}: {case}")
+                bar.update()
+                if (benchmark, case, x, i) in seen: continue
                 try: rows.append({"benchmark": benchmark, "case": case, "x": x, "repetition": i} | pool.submit(once, f, threads, arguments).result())
                 except (ImportError, paths.ProjectError) as e: bar.write(f"{benchmark}, {case}: left out ({e})")
-                bar.update()
+                if file: pd.DataFrame(rows).to_csv(file, index=False)
     return pd.DataFrame(rows)
 
 # %% ../nbs/17_bench.ipynb #cell009
@@ -316,15 +321,17 @@ def machine() -> str: # for a file name
 def main(
     repetitions: int=5, # of the speeds; growth has 3, the ELBO its seeds
 ):
-    "Measures everything, and writes `data/results/bench-<machine>.csv` and its figures."
-    threads = torch.get_num_threads()
-    parts = [alternate(SPEED, repetitions, threads), alternate(ELBO, 1, threads), alternate(COST, 3, threads)]
+    "Measures everything, and writes `data/results/bench-<machine>.csv` and its figures. If it is stopped, the next call goes on."
+    threads, folder = torch.get_num_threads(), paths.runs()/f"bench-{machine()}"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [alternate(cases, n, threads, folder/f"{name}.csv") for name, cases, n in (("speed", SPEED, repetitions), ("elbo", ELBO, 1), ("growth", COST, 3))]
     table = pd.concat([p.dropna(axis=1, how="all") for p in parts])
     table["hardware"] = runs.hardware(runs.device())
     with paths.whole(paths.published()/f"bench-{machine()}.csv") as tmp: table.to_csv(tmp, index=False, float_format="%.5g", lineterminator="\n")
     where = paths.figures()/f"bench-{machine()}"
     figures.save(speed_figure(summary(table), table.hardware.iloc[0]), where, "speed")
     figures.save(growth_figure(table, table.hardware.iloc[0]), where, "growth")
+    shutil.rmtree(folder)
 
 # %% ../nbs/17_bench.ipynb #cell029
 RIVALS = {"training": "pythae", "sampling": "DDIMPipeline, 35 evaluations", "attack": "loop", "q*": "one image at a time", "MS-SSIM": "pytorch_msssim"}
