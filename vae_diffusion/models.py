@@ -88,6 +88,7 @@ class VAE(nn.Module):
         if q is None: q = self.encode(x)
         z = [draw(q, generator) for _ in range(samples)] if e is None else q.loc + q.scale*e
         return sum(self.log_likelihood(x, z) for z in z)/len(z) - self.kl(q)
+    forward = elbo
     def generate(self,
         n: int, # number of images
         generator: torch.Generator=None, # of z
