@@ -349,7 +349,8 @@ def summary(
         share = (t.value*t.gflop).median()/peak["bfloat16" if "bfloat16" in case else "float32"]
         rows.append({"benchmark": benchmark, "case": case, "rate": t.value.median(), "rate_low": t.value.min(), "rate_high": t.value.max(),
                      "ratio": ratio.median(), "ratio_low": ratio.min(), "ratio_high": ratio.max(), "share": share, "memory": t.memory.median()})
-    return pd.DataFrame(rows)
+    order = [(b, c) for b, c, _ in SPEED]
+    return pd.DataFrame(sorted(rows, key=lambda r: order.index((r["benchmark"], r["case"]))))
 
 def markdown(
     s: pd.DataFrame, # from `summary`
@@ -391,7 +392,7 @@ def speed_figure(
         ticks = [t for t in (.25, .5, 1, 2, 5, 10, 20, 50, 100) if .8*s.ratio_low.min() <= t <= 1.5*s.ratio_high.max()]
         ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
         ax.minorticks_off()
-        ax.set_xlim(.8*min(s.ratio_low.min(), 1), 1.6*s.ratio_high.max())
+        ax.set_xlim(.8*min(s.ratio_low.min(), 1), 2.5*s.ratio_high.max())
         first = s.groupby("benchmark", sort=False).head(1).index
         for i in first[1:]: ax.axhline(i - .5, color="#dddddd", lw=.6)
     return fig
@@ -413,7 +414,9 @@ def growth_figure(
                 ax.fill_between(mid.index, low, high, color=figures.COLORS["aug_tuned"], alpha=.2, lw=0)
                 ax.plot(mid.index, mid, "o-", ms=3, color=figures.COLORS["aug_tuned"])
                 ax.set(xscale="log", yscale="log")
-                ax.set_xticks(values, [f"{v:g}" if v < 1000 else f"{v//1000}k" for v in values])
+                ax.set_xticks(values, [f"{v:g}" if v < 1000 else "" if v == 30_000 else f"{v//1000}k" for v in values])
+                ticks = [y for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if .7*t[what].min() < y < 1.4*t[what].max()]
+                ax.set_yticks(ticks, ticks)
                 ax.minorticks_off()
             ax.set_xlabel(NAMES[name])
         axes[0, 0].set_ylabel("step / ms")

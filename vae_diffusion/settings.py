@@ -57,7 +57,7 @@ class Settings:
     batch: int=100 # images a step
     lr: float=0.001 # Adam's step size
     bf16: bool=False # networks in bfloat16, likelihoods in float32 either way
-    compile: bool=False # training steps by torch.compile: half a minute at the start, faster steps
+    compile: bool=False # fully connected: one compiled function a training step, half a minute at the start
     evaluate_at: tuple=(1,) # effective epochs at which the ELBOs are measured; the last always is
     elbo_samples: int=1 # latent samples per image in these measurements
     star_images: int=20 # test images for the amortization gap
