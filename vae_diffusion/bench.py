@@ -6,7 +6,7 @@
 __all__ = ['GROWTH', 'SPEED', 'ELBO', 'COST', 'RIVALS', 'UNITS', 'NAMES', 'Memory', 'once', 'alternate', 'flops', 'timed',
            'product', 'mnist', 'cost', 'train_ours', 'pythae_trainer', 'train_pythae', 'final_elbo', 'train_residual',
            'network', 'gflop_of', 'sample_ours', 'sample_ddim', 'sample_euler', 'fresh', 'attack_ours', 'attack_loop',
-           'star', 'similarity', 'Static', 'growth', 'machine', 'main', 'summary', 'markdown', 'projection',
+           'star', 'similarity', 'Static', 'growth', 'machine', 'drawn', 'main', 'summary', 'markdown', 'projection',
            'speed_figure', 'growth_figure']
 
 # %% ../nbs/17_bench.ipynb #cell002
@@ -318,6 +318,12 @@ def machine() -> str: # for a file name
     name = runs.hardware(runs.device()).split(", ")[0] + ("" if torch.cuda.is_available() else f" {os.cpu_count()} cores")
     return re.sub("[^a-z0-9]+", "-", re.sub(r"\(.*?\)|@.*?hz|processor|cpu", "", name.lower())).strip("-")
 
+def drawn(
+    table: pd.DataFrame, # as stored
+) -> dict: # name -> `Figure`
+    "The published figures of one machine."
+    return {"speed": speed_figure(summary(table), table.hardware.iloc[0]), "growth": growth_figure(table, table.hardware.iloc[0])}
+
 def main(
     repetitions: int=5, # of the speeds; growth has 3, the ELBO its seeds
 ):
@@ -328,9 +334,7 @@ def main(
     table = pd.concat([p.dropna(axis=1, how="all") for p in parts])
     table["hardware"] = runs.hardware(runs.device())
     with paths.whole(paths.published()/f"bench-{machine()}.csv") as tmp: table.to_csv(tmp, index=False, float_format="%.5g", lineterminator="\n")
-    where = paths.figures()/f"bench-{machine()}"
-    figures.save(speed_figure(summary(table), table.hardware.iloc[0]), where, "speed")
-    figures.save(growth_figure(table, table.hardware.iloc[0]), where, "growth")
+    for name, fig in drawn(table).items(): figures.save(fig, paths.figures()/f"bench-{machine()}", name)
     shutil.rmtree(folder)
 
 # %% ../nbs/17_bench.ipynb #cell029

@@ -66,9 +66,9 @@ def cheapest(
 # %% ../nbs/16_samplers.ipynb #cell009
 def figure(
     table: pd.DataFrame, # from `collect`
-    title: str="", # over the figure
 ):
     "Test ELBO of the VAEs against the evaluations of the sampler behind their bank."
+    title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval over {table.seed.nunique()} seeds"
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.5, 2.4), layout="constrained")
         for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver")):
@@ -100,4 +100,4 @@ def publish(
     "Stores the study's results and figure as the published ones."
     table = collect(s).astype({c: "Int64" for c in ("seed", "k", "epoch")})
     with paths.whole(paths.published()/f"{s.dataset}-samplers.csv") as tmp: table.to_csv(tmp, index=False, lineterminator="\n")
-    save(figure(table, f"{s.dataset}, {s.scale} scale: mean, 95 % interval over {len(SEEDS)} seeds"), paths.figures()/f"{s.dataset}-{s.scale}", "samplers")
+    save(figure(table), paths.figures()/f"{s.dataset}-{s.scale}", "samplers")
