@@ -17,7 +17,7 @@ from .results import final, over_seeds
 from .runs import Run, read
 from .settings import Settings
 
-# %% ../nbs/16_samplers.ipynb #cell004
+# %% ../nbs/16_samplers.ipynb #cell005
 SAMPLERS = (("heun", 18), *(("multistep", steps) for steps in (20, 15, 10, 8, 6, 4, 3))) # solver and steps; the paper's first
 SEEDS = range(12)
 
@@ -35,7 +35,7 @@ def evaluations(
     "Heun's last step is Euler's, and its others evaluate the network twice."
     return 2*steps - 1 if solver == "heun" else steps
 
-# %% ../nbs/16_samplers.ipynb #cell006
+# %% ../nbs/16_samplers.ipynb #cell008
 def collect(
     s: Settings, # as in `grid`
 ) -> pd.DataFrame: # tidy results after the last epoch, with solver, steps and evaluations
@@ -63,7 +63,7 @@ def cheapest(
     good = [set(d.evaluations[(d.low <= 0) & (d.high >= 0)]) for d in (against_paper(table, m) for m in ("elbo_test", "generalization_gap"))]
     return int(min(set.intersection(*good)))
 
-# %% ../nbs/16_samplers.ipynb #cell009
+# %% ../nbs/16_samplers.ipynb #cell011
 def figure(
     table: pd.DataFrame, # from `collect`
 ):
@@ -87,7 +87,7 @@ def figure(
         ax.margins(y=.15)
     return fig
 
-# %% ../nbs/16_samplers.ipynb #cell012
+# %% ../nbs/16_samplers.ipynb #cell014
 def published(
     dataset: str, # the data set
 ) -> pd.DataFrame: # as from `collect`
