@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'published_weights', 'config', 'Run', 'open_run', 'hardware', 'environment', 'row',
            'finish', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of',
-           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'evaluate', 'curve_rows', 'changed',
-           'require']
+           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows',
+           'evaluate', 'curve_rows', 'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import json, platform, shutil
@@ -239,6 +239,35 @@ def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler
     return EDMDPMSolverMultistepScheduler(sigma_data=s.dm_sigma_data, sigma_max=s.dm_sigma_max, sigma_min=s.dm_sigma_min, sigma_schedule=s.dm_schedule)
 
 # %% ../nbs/13_runs.ipynb #cell026
+def snapshots(s: Settings) -> dict: # images seen -> folder in diffusers' format, the last one `pipeline`
+    "Where `train_diffusion` keeps its weights."
+    seen, folder = [s.dm_images//2**i for i in range(s.dm_snapshots)][::-1], Run("train_diffusion", s).folder
+    return {n: folder/(f"pipeline-{n}" if n < s.dm_images else "pipeline") for n in seen}
+
+def bounds(
+    s: Settings, # all parameters
+    net, # UNet2DModel
+    dataset: data.Dataset, # unpadded
+) -> dict: # means and standard errors, nats per image
+    "The diffusion model's bound on log p for training and for test images, the same noise for every model."
+    denoiser = diffusion.Denoiser(net, s.dm_sigma_data, torch.bfloat16 if s.dm_bf16 else None)
+    both = {part: -diffusion.bound(denoiser, choose(getattr(dataset, part), s.dm_judged), dataset.levels, s.dm_sigma_min, s.dm_sigma_max) for part in ("train", "test")}
+    return {f"bound_{p}": v.mean().item() for p, v in both.items()} | {f"stderr_{p}": (v.std()/len(v)**.5).item() for p, v in both.items()}
+
+def diffusion_rows(
+    curve: list, # of `diffusion.train`, with the numbers of `bounds`
+    s: Settings, # all parameters
+    dataset: data.Dataset, # unpadded
+) -> list: # of results, each with the seconds of training so far
+    "The training curve of a diffusion model as tidy results."
+    rows = []
+    for p in curve:
+        at = {"epoch": p["images"]/len(dataset.train), "seconds": round(p["seconds"], 1)}
+        rows.append(row("diffusion_loss", p["loss"], unit="weighted squared error") | at)
+        rows += [row(f"bound_{part}", p[f"bound_{part}"]) | at | {"stderr": p[f"stderr_{part}"], "n": min(s.dm_judged, len(getattr(dataset, part)))} for part in ("train", "test")]
+    return rows
+
+# %% ../nbs/13_runs.ipynb #cell029
 def evaluate(
     vae, # `models.VAE`
     dataset: data.Dataset, # from `dataset_of`
@@ -262,7 +291,7 @@ def curve_rows(
         rows += [{"metric": m, "value": v, "stderr": e, "n": len(dataset.train if m == "elbo_train" else dataset.test), "epoch": p["epoch"], "unit": "nats"} for m, (v, e) in numbers.items()]
     return rows
 
-# %% ../nbs/13_runs.ipynb #cell029
+# %% ../nbs/13_runs.ipynb #cell032
 def changed(s: Settings) -> dict: # name -> plain value
     "The parameters that differ from the defaults, as papermill takes them."
     values = {f.name: (getattr(s, f.name), f.default) for f in fields(s)}

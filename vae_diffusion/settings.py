@@ -40,6 +40,8 @@ class Settings:
     dm_sigma_min: float=0.002 # lowest noise level of the samplers before 0
     dm_schedule: str="karras" # their levels in between: karras (EDM) or exponential (equal ratios)
     dm_seed: int=0 # of its weights, data order and noise
+    dm_judged: int=50 # training and test images on which its bound on log p is measured as it learns
+    dm_snapshots: int=1 # kept of its weights: at the end, at half the images, at a quarter, and so on
     weights: str="published" # diffusion model: the published one, or the one `train_diffusion` trains
     solver: str="multistep" # of the probability-flow ODE
     steps: int=10 # of that solver
