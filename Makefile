@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: reproduce test lab figures samplers bench weights readme clean
+.PHONY: reproduce test lab figures samplers study bench weights readme clean
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -29,6 +29,9 @@ figures: $(BIN)/ready  ## the runs' results and figures become the published one
 
 samplers: $(BIN)/ready  ## how VAEs depend on the sampler behind their bank: data/results/DATASET-samplers.csv and its figure
 	@$(SNAKEMAKE) study=samplers -- samplers
+
+study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
+	@$(SNAKEMAKE) study=$(STUDY) -- study
 
 bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: data/results/bench-MACHINE.csv, about 20 minutes
 	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion import bench; bench.main()"

@@ -70,11 +70,12 @@ def diffusion(
     "Bound on log p of training and test images over the effective epochs of a diffusion model, with the standard error over images."
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.5, 2.3), layout="constrained")
+        last = table.groupby("metric").value.last()
         for part, style, color in (("train", "--", "0.45"), ("test", "-", COLORS["dmaapx"])):
             t = table[table.metric == f"bound_{part}"]
             ax.plot(t.epoch, t.value, style, color=color)
             ax.fill_between(t.epoch, t.value - t.stderr, t.value + t.stderr, color=color, alpha=.15, lw=0)
-            ax.annotate(part, (t.epoch.iloc[-1], t.value.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if part == "train" else "top", color=color, fontsize=7, annotation_clip=False)
+            ax.annotate(part, (t.epoch.iloc[-1], t.value.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if t.value.iloc[-1] == max(last.bound_train, last.bound_test) else "top", color=color, fontsize=7, annotation_clip=False)
         late = t[t.epoch > t.epoch.max()*.15].value
         ax.set(xlabel="effective epoch", ylabel="bound on log p / nats per image", title=title, ylim=(late.min() - 3*t.stderr.max(), None))
     return fig
