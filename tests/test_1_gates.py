@@ -12,7 +12,7 @@ from conftest import ROOT, run, tracked
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench studies".split()
+ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench studies quality".split()
 
 
 def cells(page, kind="code"):

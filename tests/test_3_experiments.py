@@ -27,6 +27,21 @@ def test_trained_weights_feed_the_bank(smoke, tmp_path):
     assert list((smoke / "digits-smoke").glob("train_diffusion-*/pipeline/model_index.json"))
 
 
+def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
+    papermill("measure_diffusion", tmp_path, ("weights", "trained"), ("dm_images", "1500"), ("dm_snapshots", "2"))
+    table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
+    assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
+    assert table[table.metric == "two_sample_test"].epoch.isna().all()
+
+
+@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "nbs/experiments/studies").glob("*.yaml")))
+def test_study_can_be_run(name):
+    from vae_diffusion import settings, studies
+    study = studies.study(name)
+    assert name.startswith(study.dataset + "-") and study.runs()
+    run("snakemake", "--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study")
+
+
 def test_workflow_resumes_and_reports(smoke):
     command = "make", "--no-print-directory", "reproduce", "SCALE=smoke"
     assert "| Normal |" in run(*command)

@@ -47,6 +47,9 @@ class Settings:
     steps: int=10 # of that solver
     bank_bf16: bool=False # its network in bfloat16
     bank_seed: int=0 # image i of the bank depends on it and i
+    gate_images: int=50 # samples, and real images, by which a diffusion model is judged
+    gate_epochs: int=2 # two-sample test: passes over them
+    gate_reference: int=2 # effective epochs of the VAE, trained on real images, that judges samples
     net: str="fully_connected" # the VAE's networks
     hidden: tuple=(64, 64) # fully connected: hidden widths of the encoder, mirrored in the decoder
     latent: int=8 # fully connected: latent dimensions
