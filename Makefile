@@ -11,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: reproduce test lab figures samplers study bench weights readme clean
+.PHONY: reproduce test lab figures study bench weights readme clean
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -26,9 +26,6 @@ lab: $(BIN)/ready  ## the notebooks in JupyterLab
 
 figures: $(BIN)/ready  ## the runs' results and figures become the published ones
 	@$(SNAKEMAKE) -- publish
-
-samplers: $(BIN)/ready  ## how VAEs depend on the sampler behind their bank: data/results/DATASET-samplers.csv and its figure
-	@$(SNAKEMAKE) study=samplers -- samplers
 
 study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
 	@$(SNAKEMAKE) study=$(STUDY) -- study

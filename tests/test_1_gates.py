@@ -12,7 +12,7 @@ from conftest import ROOT, run, tracked
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench studies quality".split()
+ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench quality studies".split()
 
 
 def cells(page, kind="code"):
@@ -78,12 +78,12 @@ def test_readme_is_made_from_index(tmp_path):
     assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "README.md, nbs/index.ipynb and data/results disagree: run `make readme`"
 
 
-@pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if not f.endswith("-lr.csv")])  # of which no figure is drawn
+@pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
 def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
-    from vae_diffusion import bench, figures, samplers, settings
-    name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv)
+    from vae_diffusion import bench, figures, settings, studies
+    name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
     if name.startswith("bench-"): drawn = bench.drawn(table)
-    elif name.endswith("-samplers"): name, drawn = f"{table.dataset[0]}-{table.scale[0]}", {"samplers": samplers.figure(table)}
+    elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.figure(table, name)
     else: drawn = figures.from_results(table, settings.params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
         figures.save(fig, tmp_path, figure)

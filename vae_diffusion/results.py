@@ -12,7 +12,7 @@ import pandas as pd
 from . import paths
 from .metrics import spread
 from .paths import ProjectError
-from .runs import COLUMNS, Run, read
+from .runs import COLUMNS, Run, read, read_table
 from .settings import Settings
 
 # %% ../nbs/14_results.ipynb #cell005
@@ -50,7 +50,7 @@ def published(
     "The stored results in `data/results`. Raises `ProjectError` if there are none."
     file = paths.published()/f"{dataset}-{scale}.csv"
     if not file.exists(): raise ProjectError(f"{file} is missing: there are no published results of {dataset} at scale {scale}")
-    return pd.read_csv(file)
+    return read_table(file)
 
 def reported() -> pd.DataFrame: # dataset, likelihood, method, metric, value, epoch, source
     "The paper's own numbers, from `data/paper`."

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'config', 'Run', 'open_run', 'hardware', 'environment',
-           'row', 'finish', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of',
-           'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows',
-           'evaluate', 'curve_rows', 'changed', 'require']
+           'row', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained',
+           'bank_of', 'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds',
+           'diffusion_rows', 'evaluate', 'curve_rows', 'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import json, platform, shutil
@@ -147,12 +147,18 @@ def finish(
     with paths.whole(run.results) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
     return read(run)
 
+def read_table(
+    file, # CSV of tidy results
+) -> pd.DataFrame:
+    "Reads results. A digest such as 292e8853 stays text and is not taken for a number."
+    return pd.read_csv(file, dtype={"config": str})
+
 def read(
     run: Run, # a run that is done
 ) -> pd.DataFrame: # with the columns `COLUMNS`
     "The results of a run. Raises `ProjectError` if it is not done."
     if not run.done: raise ProjectError(f"{run.name} is not done: run nbs/experiments/{run.stage}.ipynb with the same parameters")
-    return pd.read_csv(run.results)
+    return read_table(run.results)
 
 # %% ../nbs/13_runs.ipynb #cell016
 def device() -> str: # "cuda" or "cpu"
