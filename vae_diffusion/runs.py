@@ -189,7 +189,7 @@ def diffusion_of(
         torch.manual_seed(paths.seed_of("diffusion", s.dm_seed))
         net = diffusion.unet(dataset.shape[-1], dataset.shape[0], s.dm_widths, s.dm_layers, s.dm_dropout)
     return net.to(device()), diffusion.Recipe(
-        batch=s.dm_batch, lr=s.dm_lr, warmup_images=s.dm_warmup, ema_halflife_images=s.dm_ema, p_mean=s.dm_p_mean, p_std=s.dm_p_std,
+        batch=s.dm_batch, lr=s.dm_lr, warmup_images=s.dm_warmup, decay_images=s.dm_decay, ema_halflife_images=s.dm_ema, p_mean=s.dm_p_mean, p_std=s.dm_p_std,
         sigma_data=s.dm_sigma_data, precision="bfloat16" if s.dm_bf16 else "float32", seed=s.dm_seed)
 
 def vae_of(

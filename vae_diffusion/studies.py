@@ -6,6 +6,7 @@
 __all__ = ['FIGURES', 'Study', 'changed', 'study', 'collect', 'figure', 'publish', 'published']
 
 # %% ../nbs/19_studies.ipynb #cell002
+import shutil
 from dataclasses import dataclass, replace
 from itertools import product
 import pandas as pd
@@ -78,10 +79,13 @@ def figure(
 def publish(
     s: Study, # whose runs are done
 ):
-    "Stores the results of a study, and its figure, as the published ones."
+    "Stores the results of a study, its figure and those of its runs as the published ones."
     results = collect(s)
     store(results, paths.published()/f"{s.name}.csv")
-    for name, drawn in figure(results, s.name).items(): save(drawn, paths.figures()/f"{s.dataset}-{s.scale}", name)
+    folder = paths.figures()/f"{s.dataset}-{s.scale}"
+    for name, drawn in figure(results, s.name).items(): save(drawn, folder, name)
+    for file in [f for _, run in s.runs() for f in (run.folder/"figures").glob("*")]:
+        with paths.whole(folder/file.name) as tmp: shutil.copyfile(file, tmp)
 
 def published(
     name: str, # of the study
