@@ -5,8 +5,9 @@ CORES ?= 2
 DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
+PART ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --forcerun report --config dataset=$(DATASET) scale=$(SCALE)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --forcerun report --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -24,7 +25,7 @@ test: $(BIN)/ready  ## everything that CI checks
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
-figures: $(BIN)/ready  ## the runs' results and figures become the published ones
+figures: $(BIN)/ready  ## the same, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them
 	@$(SNAKEMAKE) -- publish
 
 study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
