@@ -44,7 +44,7 @@ class Settings:
     dm_judged: int=50 # training and test images on which its bound on log p is measured as it learns
     dm_snapshots: int=1 # kept of its weights: at the end, at half the images, at a quarter, and so on
     weights: str="published" # diffusion model: the published one, or the one `train_diffusion` trains
-    solver: str="multistep" # of the probability-flow ODE
+    solver: str="multistep" # of the sampler: heun, multistep (deterministic, as heun) or stochastic
     steps: int=10 # of that solver
     bank_bf16: bool=False # its network in bfloat16
     bank_seed: int=0 # image i of the bank depends on it and i
@@ -85,7 +85,7 @@ class Settings:
 
 # %% ../nbs/12_settings.ipynb #cell007
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
-           "solver": ("heun", "multistep"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
+           "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000),
           "epochs": (1, 100_000)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")}
