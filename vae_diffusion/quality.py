@@ -101,32 +101,33 @@ def measure(
 REAL = "#666666"
 
 def figure(
-    table, # tidy results of `train_diffusion` and `measure_diffusion`
+    table, # tidy results of `train_diffusion` and `measure_diffusion`; `variant` says how samples were drawn
     title: str="", # over the whole figure
 ):
     "Bound on log p, two-sample test and reference ELBO while a diffusion model learns, and distances to the nearest training image at the end."
-    curve = lambda metric: table[(table.metric == metric) & table.epoch.notna()].sort_values("epoch")
+    curve = lambda metric, t=table: t[(t.metric == metric) & t.epoch.notna()].sort_values("epoch")
     real = lambda metric: table[(table.metric == metric) & table.epoch.isna()].iloc[0]
-    green = COLORS["dmaapx"]
+    ways = dict(zip(table[table.metric == "two_sample_sample"].variant.unique(), ("#CC79A7", COLORS["dmaapx"])))
     with mpl.rc_context(STYLE):
         fig, (bound, told, elbo, near) = plt.subplots(1, 4, figsize=(8.4, 2.3), layout="constrained")
-        for part, style, color in (("train", "--", REAL), ("test", "-", green)):
+        for part, style, color in (("train", "--", REAL), ("test", "-", "black")):
             t = curve(f"bound_{part}")
             bound.plot(t.epoch, t.value, style, color=color, label=f"{part} images")
         bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(t.value.iloc[len(t)//8] , None))
         for ax, metric, names in ((told, "two_sample", ["test"]), (elbo, "reference_elbo", ["train", "test"])):
-            t = curve(f"{metric}_sample")
-            ax.errorbar(t.epoch, t.value, 2*t.stderr, color=green, marker="o", ms=3, elinewidth=.8, label="samples")
+            for way, color in ways.items():
+                t = curve(f"{metric}_sample", table[table.variant == way])
+                ax.errorbar(t.epoch, t.value, 2*t.stderr, color=color, marker="o", ms=3, elinewidth=.8, label=way)
             for name, style in zip(names[::-1], ("-", "--")):
                 r = real(f"{metric}_{name}")
                 ax.axhline(r.value, color=REAL, ls=style, label=f"{name} images")
                 ax.axhspan(r.value - 2*r.stderr, r.value + 2*r.stderr, color=REAL, alpha=.15, lw=0)
         told.set(title="told from training images", ylabel="accuracy, unseen images", ylim=(.45, None))
         elbo.set(title="under a VAE of real images", ylabel="ELBO / nats")
-        last = table[table.metric.str.startswith("nearest_train_sample") & (table.epoch == table[table.metric == "nearest_train_sample"].epoch.max())]
-        for name, style, color, t in (("test", "-", REAL, table), ("sample", "-", green, last)):
-            values = t.set_index("metric").value[[f"nearest_train_{name}_q{q:02d}" for q in QUANTILES]]
-            near.plot(values, [q/100 for q in QUANTILES], style, color=color, label={"test": "test images", "sample": "samples"}[name])
+        share = [q/100 for q in QUANTILES]
+        near.plot([real(f"nearest_train_test_q{q:02d}").value for q in QUANTILES], share, color=REAL, label="test images")
+        for way, color in ways.items():
+            near.plot([curve(f"nearest_train_sample_q{q:02d}", table[table.variant == way]).value.iloc[-1] for q in QUANTILES], share, color=color, label=way)
         near.set(title="to the nearest training image", xlabel="distance, pixels in [0,1]", ylabel="share of images below")
         for ax in (bound, told, elbo): ax.set(xlabel="effective epochs seen", xlim=(0, None))
         for ax in (bound, told, elbo, near): ax.legend(frameon=False, fontsize=6)
@@ -141,12 +142,13 @@ def recipes(
     "Bound on log p of training images over the seconds of training, for each recipe."
     t = table[table.metric == "bound_train"]
     last = t.groupby("variant").value.last().sort_values(ascending=False)
+    late = t[t.seconds > .2*t.groupby("variant").seconds.transform("max")].value
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(5.2, 2.6), layout="constrained")
         for i, name in enumerate(last.index):
             v = t[t.variant == name]
             ax.plot(v.seconds, v.value, color=mpl.colormaps["cividis"](i/len(last)), label=name)
-        ax.set(xlabel="seconds of training", ylabel="bound on log p / nats", title=title, xlim=(0, None), ylim=(last.min() - .5*(last.max() - last.min()), None))
+        ax.set(xlabel="seconds of training", ylabel="bound on log p / nats", title=title, xlim=(0, None), ylim=(late.min(), None))
         ax.legend(frameon=False, fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
     return fig
 
