@@ -158,9 +158,9 @@ def recipes(
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(5.4, 2.6), layout="constrained")
         for i, (name, r) in enumerate(t.iterrows(), 1):
-            ax.plot(r["bound at the end"], r["samples: distance"], "o", ms=9, mfc="white", mec=COLORS["dmaapx"] if name == USED else REAL)
+            ax.plot(r["bound at the end"], r["samples: distance"], "o", ms=9, mfc="white", mec=COLORS["dmaapx"] if name.startswith(USED) else REAL)
             ax.annotate(str(i), (r["bound at the end"], r["samples: distance"]), ha="center", va="center_baseline", fontsize=6)
-            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction", fontsize=6.5, color=COLORS["dmaapx"] if name == USED else "black")
+            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction", fontsize=6.5, color=COLORS["dmaapx"] if name.startswith(USED) else "black")
         ax.set(xlabel="bound on log p of training images / nats (higher is better)", ylabel="samples: distance to the\nnearest training image", title=title)
         ax.margins(.12)
     return fig

@@ -66,7 +66,11 @@ def collect(
     parts = [read(run).dropna(axis=1, how="all").assign(variant=label) for label, run in s.runs()]
     return pd.concat(parts).reindex(columns=["variant", *COLUMNS]).reset_index(drop=True)
 
-FIGURES = {"samplers": samplers.figure, "recipes": quality.recipes, "diffusion": quality.figure} # of the studies that have one, by the end of the name
+def _where(t): return f"{t.dataset[0]}, {t.scale[0]} scale"
+FIGURES = { # of the studies that have one, by the end of the name
+    "samplers": samplers.figure,
+    "recipes": lambda t: quality.recipes(t, f"{_where(t)}: recipes, by ln σ in training and step size"),
+    "diffusion": lambda t: quality.figure(t, f"{_where(t)}: while the diffusion model learns")}
 
 def figure(
     results: pd.DataFrame, # from `collect` or `published`
