@@ -48,9 +48,10 @@ def figure(
     title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval over {table.seed.nunique()} seeds"
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(3.5, 2.4), layout="constrained")
-        for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver")):
+        for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver"), ("stochastic", "#CC79A7", "stochastic solver")):
             t = final(table, "elbo_test")
             t = t[t.variant.str.startswith(solver)]
+            if t.empty: continue
             by = t.groupby(t.variant.map(evaluations)).value
             mean, low, high = np.array([over_seeds(v) for _, v in by]).T
             n = np.array(list(by.groups))
