@@ -113,10 +113,10 @@ def figure(
     real = lambda metric: table[(table.metric == metric) & table.epoch.isna()].iloc[0]
     ways = dict(zip(table[table.metric == "two_sample_sample"].variant.unique(), ("#CC79A7", COLORS["dmaapx"])))
     with mpl.rc_context(STYLE):
-        fig, (bound, told, elbo, near) = plt.subplots(1, 4, figsize=(8.4, 2.3), layout="constrained")
-        for part, style, color in (("train", "--", REAL), ("test", "-", "black")):
+        fig, (bound, told, elbo, near) = plt.subplots(1, 4, figsize=(8.4, 2.5), layout="constrained")
+        for part, style, color in (("train", "--", REAL), ("test", "-", REAL)):
             t = curve(f"bound_{part}")
-            bound.plot(t.epoch, t.value, style, color=color, label=f"{part} images")
+            bound.plot(t.epoch, t.value, style, color=color)
         bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(t.value.iloc[len(t)//8] , None))
         for ax, metric, names in ((told, "two_sample", ["test"]), (elbo, "reference_elbo", ["train", "test"])):
             for way, color in ways.items():
@@ -129,12 +129,12 @@ def figure(
         told.set(title="told from training images", ylabel="accuracy, unseen images", ylim=(.45, None))
         elbo.set(title="under a VAE of real images", ylabel="ELBO / nats")
         share = [q/100 for q in QUANTILES]
-        near.plot([real(f"nearest_train_test_q{q:02d}").value for q in QUANTILES], share, color=REAL, label="test images")
+        near.plot([real(f"nearest_train_test_q{q:02d}").value for q in QUANTILES], share, color=REAL)
         for way, color in ways.items():
-            near.plot([curve(f"nearest_train_sample_q{q:02d}", table[table.variant == way]).value.iloc[-1] for q in QUANTILES], share, color=color, label=way)
+            near.plot([curve(f"nearest_train_sample_q{q:02d}", table[table.variant == way]).value.iloc[-1] for q in QUANTILES], share, color=color)
         near.set(title="to the nearest training image", xlabel="distance, pixels in [0,1]", ylabel="share of images below")
         for ax in (bound, told, elbo): ax.set(xlabel="effective epochs seen", xlim=(0, None))
-        for ax in (bound, told, elbo, near): ax.legend(frameon=False, fontsize=6)
+        fig.legend(*elbo.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         if title: fig.suptitle(title, fontsize=9)
     return fig
 
