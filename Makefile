@@ -7,7 +7,7 @@ SCALE ?= cpu
 README ?= README.md
 PART ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --forcerun report --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -16,7 +16,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
-	@$(SNAKEMAKE) -- report
+	@$(SNAKEMAKE) --forcerun report -- report
 	@cat $${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md
 
 test: $(BIN)/ready  ## everything that CI checks
@@ -26,7 +26,7 @@ lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb
 
 figures: $(BIN)/ready  ## the same, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them
-	@$(SNAKEMAKE) -- publish
+	@$(SNAKEMAKE) --forcerun report -- publish
 
 study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
 	@$(SNAKEMAKE) study=$(STUDY) -- study
