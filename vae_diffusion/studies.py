@@ -83,12 +83,14 @@ def figure(
 def publish(
     s: Study, # whose runs are done
 ):
-    "Stores the results of a study, its figure and those of its runs as the published ones."
+    "Stores the results of a study and its figure as the published ones, and if it trains one diffusion model, the pictures of its samples."
     results = collect(s)
     store(results, paths.published()/f"{s.name}.csv")
     folder = paths.figures()/f"{s.dataset}-{s.scale}"
     for name, drawn in figure(results, s.name).items(): save(drawn, folder, name)
-    for file in [f for _, run in s.runs() for f in (run.folder/"figures").glob("*")]:
+    runs = [run for _, run in s.runs()]
+    if sum(run.stage == "train_diffusion" for run in runs) != 1: return
+    for file in [f for run in runs for f in (run.folder/"figures").glob("*")]:
         with paths.whole(folder/file.name) as tmp: shutil.copyfile(file, tmp)
 
 def published(
