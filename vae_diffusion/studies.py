@@ -53,12 +53,14 @@ def study(
     folder = paths.root()/"nbs"/"experiments"/"studies"
     file = folder/f"{name}.yaml"
     if not file.exists(): raise ProjectError(f"there is no study {name}; there are {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}")
-    content = yaml.safe_load(file.read_text())
-    if content.keys() != (keys := {"dataset", "scale", "stages", "variants", "grid"}):
-        raise ProjectError(f"{file} must have the entries {', '.join(sorted(keys))}, it has {', '.join(content)}")
+    try: content = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ProjectError(f"{file} cannot be read as YAML ({e}). Correct it, or restore it from git.") from e
+    keys = {"dataset", "scale", "stages", "variants", "grid"}
+    if not isinstance(content, dict) or content.keys() != keys: raise ProjectError(f"{file} must have the entries {', '.join(sorted(keys))}, and no others")
+    if unknown := [s for s in content["stages"] if not (folder.parent/f"{s}.ipynb").exists()]: raise ProjectError(f"{file}: there is no experiment {', '.join(map(str, unknown))}")
     return Study(name, **content | {"stages": tuple(content["stages"])})
 
-# %% ../nbs/19_studies.ipynb #cell012
+# %% ../nbs/19_studies.ipynb #cell013
 def collect(
     s: Study, # whose runs are done
 ) -> pd.DataFrame: # tidy results with `variant` in front
