@@ -17,9 +17,11 @@ def papermill(stage, out, *parameters):
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
-    papermill("measure_gaps", tmp_path, ("method", "dmaapx"))
+    run(*PAPERMILL, "-p", "method", "dmaapx", "-y", "gaps_at: [1]", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
     folder = smoke / "digits-smoke"
     assert {f.parent.name.split("-")[0] for f in folder.glob("*/metrics.csv")} == {"sample_bank", "train_vae", "measure_gaps"}
+    table = pd.read_csv(*folder.glob("measure_gaps-*/metrics.csv"))
+    assert table[table.metric == "amortization_gap"].epoch.tolist() == [1, 2] and set(table[table.metric == "iwae_test"].epoch) == {2}
 
 
 def test_trained_weights_feed_the_bank(smoke, tmp_path):

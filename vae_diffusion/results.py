@@ -199,5 +199,5 @@ def one_run(
     k: int, # bank size, for `dmaapx`
 ) -> str: # Markdown
     "What the measurement of one run gives, as its notebook shows it."
-    t = table[(table.method == method) & (table.seed == seed) & (table.k.isna() | (table.k == k)) & table.metric.isin(["amortization_gap", "elbo_star_test", "iwae_test", "robustness_gap"])]
+    t = pd.concat([final(table[(table.method == method) & (table.seed == seed)], m, k) for m in ("amortization_gap", "elbo_star_test", "iwae_test", "robustness_gap")])
     return "\n".join(["| metric | value | stderr | n |", "|---|---:|---:|---:|"] + [f"| `{r.metric}` | {r.value:.3f} | {r.stderr:.3f} | {r.n} |" for r in t.itertuples()])

@@ -51,6 +51,7 @@ def config(
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
         own |= {"method": s.method, "seed": s.seed} | {k: getattr(s, k) for name in (s.net, s.likelihood) for k in ONLY.get(name, [])}
+        if kept := [e for e in s.gaps_at if e < s.epochs]: own["gaps_at"] = kept # their weights are stored
         if s.method == "dmaapx": own |= {"k": s.k, "bank": config("bank", s)}
     if stage == "measure_diffusion": own |= {"bank": config("bank", s), "vae": config("train_vae", reference(s))}
     if stage == "measure_gaps": own["vae"] = config("train_vae", s)
@@ -209,12 +210,13 @@ def vae_of(
 def trained(
     s: Settings, # all parameters
     dataset: data.Dataset, # from `dataset_of`
+    name: str="last", # of the weights: `last`, `best`, or `epoch100` if `gaps_at` holds 100
 ) -> models.VAE:
-    "The VAE that `train_vae` left after its last epoch. Raises `ProjectError` if it did not run."
+    "The VAE that `train_vae` left. Raises `ProjectError` if it did not run."
     run = Run("train_vae", s)
     read(run)
     vae = vae_of(s, dataset)
-    vae.load_state_dict(paths.load_tensors(run.folder/"last.safetensors", device())[0])
+    vae.load_state_dict(paths.load_tensors(run.folder/f"{name}.safetensors", device())[0])
     return vae.eval()
 
 # %% ../nbs/13_runs.ipynb #cell019

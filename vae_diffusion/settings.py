@@ -65,6 +65,7 @@ class Settings:
     bf16: bool=False # networks in bfloat16, likelihoods in float32 either way
     compile: bool=False # fully connected: one compiled function a training step, half a minute at the start
     evaluate_at: tuple=(1,) # effective epochs at which the ELBOs are measured; the last always is
+    gaps_at: tuple=() # effective epochs at which the amortization gap is measured; at the last all gaps are
     elbo_samples: int=1 # latent samples per image in these measurements
     star_images: int=20 # test images for the amortization gap
     star_steps: int=20 # Adam steps for q*
@@ -87,13 +88,13 @@ class Settings:
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
            "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
-          "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000),
+          "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")}
 
 def _checked(name, value, kind):
     "The value in its right type, or a `ProjectError`."
     if kind in (tuple, "tuple"):
-        if not isinstance(value, (list, tuple)) or not value: raise ProjectError(f"{name} must be a list with at least one entry, not {value!r}")
+        if not isinstance(value, (list, tuple)) or not value and name != "gaps_at": raise ProjectError(f"{name} must be a list with at least one entry, not {value!r}")
         return tuple(_checked(name, v, str if name in CHOICES else int) for v in value)
     kind = {"str": str, "int": int, "float": float, "bool": bool}.get(kind, kind)
     good = {bool: bool, int: int, float: (int, float), str: str}[kind]

@@ -242,7 +242,8 @@ def fit(
     seed: int=0, # of the latent noise
     evaluate=None, # vae -> dict of numbers; `elbo_test` among them decides the best epoch
     at=(), # epochs at which to evaluate; the last one always is
-    folder=None, # where `checkpoint.safetensors` is kept; without it nothing is
+    keep=(), # those of these epochs after which the weights are kept, as `epoch<number>.safetensors`
+    folder=None, # where they and `checkpoint.safetensors` are kept; without it nothing is
     every: float=15., # seconds between checkpoints; each evaluation makes one too
     run: str="", # what run this is
     compile: bool=False, # one compiled function a step: 10 to 30 seconds at the start, then faster
@@ -274,6 +275,7 @@ def fit(
                     _save(file, run, vae, opt, state)
                     saved = time.monotonic()
             if all(row["epoch"] < epoch for row in state.curve):
+                if epoch in keep: save_tensors(Path(folder)/f"epoch{epoch}.safetensors", vae.state_dict())
                 state.record(epoch, vae, evaluate(vae) if evaluate else {})
                 if file: _save(file, run, vae, opt, state)
                 bar.set_postfix({k: f"{v:.1f}" for k, v in state.curve[-1].items() if k != "seconds"})
