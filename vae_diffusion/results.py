@@ -63,9 +63,12 @@ def published(
     if not file.exists(): raise ProjectError(f"{file} is missing: there are no published results of {dataset} at scale {scale}")
     return read_table(file)
 
-def reported() -> pd.DataFrame: # dataset, likelihood, method, metric, value, epoch, source
-    "The paper's own numbers, from `data/paper`."
-    return pd.read_csv(paths.root()/"data"/"paper"/"reported.csv")
+def reported(
+    s: Settings, # of which data set and likelihood
+) -> pd.DataFrame: # dataset, likelihood, method, metric, value, epoch, source
+    "The paper's own numbers, from `data/paper`; none for a data set that it does not have."
+    table = pd.read_csv(paths.root()/"data"/"paper"/"reported.csv")
+    return table[(table.dataset == s.dataset) & (table.likelihood == s.likelihood)]
 
 # %% ../nbs/14_results.ipynb #cell013
 def over_seeds(
@@ -112,6 +115,7 @@ def _cell(r, metric):
 
 def markdown(
     s: pd.DataFrame, # from `summary`
+    paper: pd.DataFrame=None, # from `reported`: its last numbers below ours
 ) -> str:
     "The summary as a table in Markdown, one row a method."
     metrics = [m for m in METRICS if m in set(s.metric)]
@@ -119,6 +123,9 @@ def markdown(
     for method in s.method.unique():
         cells = [s[(s.method == method) & (s.metric == m)] for m in metrics]
         lines.append(f"| {METHODS[method]} | " + " | ".join(_cell(c.iloc[0], m) if len(c) else "-" for c, m in zip(cells, metrics)) + " |")
+        if paper is None: continue
+        values = [paper[(paper.method == method) & (paper.metric == m) & (paper.epoch == paper.epoch.max())].value for m in metrics]
+        lines.append(f"| paper, epoch {paper.epoch.max()} | " + " | ".join(f"*{v.iloc[0]:g}*" if len(v) else "" for v in values) + " |")
     return "\n".join(lines)
 
 # %% ../nbs/14_results.ipynb #cell022

@@ -12,9 +12,9 @@ from itertools import product
 import pandas as pd
 import yaml
 from . import paths, quality, samplers
-from .figures import save
+from .figures import save, variants
 from .paths import ProjectError
-from .results import store
+from .results import reported, store
 from .runs import COLUMNS, Run, read, read_table
 from .settings import Settings, params, settings_of
 
@@ -72,6 +72,7 @@ def _where(t): return f"{t.dataset[0]}, {t.scale[0]} scale"
 FIGURES = { # of the studies that have one, by the end of the name
     "samplers": samplers.figure,
     "recipes": lambda t: quality.recipes(t, f"{_where(t)}: recipes, by ln σ in training and step size"),
+    "normal": lambda t: variants(t, reported(params(t.dataset[0], t.scale[0])), f"{_where(t)}: normal training (dashed: training images)"),
     "diffusion": lambda t: quality.figure(t, f"{_where(t)}: while the diffusion model learns")}
 
 def figure(
