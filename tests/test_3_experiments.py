@@ -74,6 +74,15 @@ def test_killed_run_ends_with_the_same_numbers(smoke, tmp_path):
     pd.testing.assert_frame_equal(*numbers, check_exact=True)
 
 
+def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    outs = [tmp_path / f"{i}.ipynb" for i in range(3)]
+    processes = [subprocess.Popen([*PAPERMILL, "-p", "epochs", "150", "nbs/experiments/train_vae.ipynb", str(out)], cwd=ROOT) for out in outs]
+    assert [p.wait(timeout=180) for p in processes] == [0, 0, 0]
+    assert len(list(tmp_path.glob("*/*/metrics.csv"))) == 1
+    assert sum("Another process works in" in out.read_text() for out in outs) == 2
+
+
 @pytest.mark.parametrize("name, value, message", [("methd", "dmaapx", "did you mean method"), ("method", "oracle", "choose one of normal"), ("epochs", "-1", "must lie between"), ("dataset", "svhn", "choose one of digits")])
 def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value, message):
     before = set(smoke.glob("*/*"))

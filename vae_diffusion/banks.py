@@ -77,20 +77,22 @@ def fill(
     "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin."
     if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
     identity = json.loads(json.dumps(pipe.identity() | {"sampler": sampler, "seed": seed, "batch": batch, "shard": shard}))
-    was = self.manifest["identity"] or identity
-    if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
-        ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
-        ". Ask for the same, or use another folder.")
-    with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
-        while len(self) < count:
-            start, first, began = len(self)//shard*shard, len(self)//batch*batch, time.monotonic()
-            stop, new = min(start + shard, count), []
-            for b in range(first, stop, batch):
-                new.append(pipe([paths.generator("bank", seed, i) for i in range(b, b + batch)], **sampler).cpu())
-                bar.update(min(b + batch, stop) - max(b, len(self)))
-                if time.monotonic() - began > seconds: break
-            old = [self[start:first]] if first > start else []
-            self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)
+    with paths.alone(self.folder):
+        self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
+        was = self.manifest["identity"] or identity
+        if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
+            ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
+            ". Ask for the same, or use another folder.")
+        with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
+            while len(self) < count:
+                start, first, began = len(self)//shard*shard, len(self)//batch*batch, time.monotonic()
+                stop, new = min(start + shard, count), []
+                for b in range(first, stop, batch):
+                    new.append(pipe([paths.generator("bank", seed, i) for i in range(b, b + batch)], **sampler).cpu())
+                    bar.update(min(b + batch, stop) - max(b, len(self)))
+                    if time.monotonic() - began > seconds: break
+                old = [self[start:first]] if first > start else []
+                self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)
     return self
 
 # %% ../nbs/05_banks.ipynb #cell012

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from torch.nn import functional as F
 from tqdm import tqdm
-from .paths import ProjectError, cache, seed_of, whole
+from .paths import ProjectError, alone, cache, seed_of, whole
 
 # %% ../nbs/01_data.ipynb #cell005
 def to_unit(
@@ -226,10 +226,11 @@ def download(
 ) -> Path: # the container
     "A published container, downloaded with a progress bar unless it is there. Raises `ProjectError` if no mirror has it."
     failures = []
-    for mirror in mirrors:
-        store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
-        try: return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=tqdm(total=1, unit="B", unit_scale=True, leave=False), timeout=(10, 30))))
-        except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
+    with alone(folder):
+        for mirror in mirrors:
+            store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
+            try: return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=tqdm(total=1, unit="B", unit_scale=True, leave=False), timeout=(10, 30))))
+            except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
     raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
         f"Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds {folder.name}/ with the published files."]))
 

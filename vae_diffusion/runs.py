@@ -95,8 +95,9 @@ def open_run(
     stage: str, # the experiment notebook
     settings: Settings, # all parameters
 ) -> Run:
-    "The run with its folder made and its configuration stored. Raises `ProjectError` if the folder holds another configuration."
+    "The run with its folder made, its configuration stored and, until it is done, other processes kept waiting. Raises `ProjectError` if the folder holds another configuration."
     run = Run(stage, settings)
+    if not run.done: paths.hold(run.folder)
     file, stored = run.folder/"config.json", None
     if file.exists():
         try: stored = json.loads(file.read_text())["config"]
@@ -146,6 +147,7 @@ def finish(
            "hardware": hardware(device), "seconds": seconds and round(seconds, 1), "config": run.digest}
     table = pd.DataFrame([who | r for r in rows]).reindex(columns=COLUMNS)
     with paths.whole(run.results) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
+    paths.release(run.folder)
     return read(run)
 
 def read_table(
