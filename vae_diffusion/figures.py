@@ -54,7 +54,7 @@ def curves(
                 ax.plot(mean.index, mean, style, color=color)
                 if paper is not None:
                     p = paper[(paper.metric == metric) & (paper.method == method) & (paper.epoch <= mean.index[-1])]
-                    ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
+                    if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
                 ax.annotate(part := metric.removeprefix("elbo_"), (mean.index[-1], mean.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if part == "train" else "top", color=color, fontsize=7, annotation_clip=False)
             ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=color)
             ax.annotate(f"best test {mean.max():.1f}\nat epoch {mean.idxmax():g}", (.97, .04), xycoords="axes fraction", ha="right", fontsize=6.5, color="0.3")
@@ -130,7 +130,7 @@ def gaps(
                 ax.plot(mean, y, "|", ms=11, color=COLORS[method], mew=1.6)
                 if paper is not None:
                     p = paper[(paper.metric == metric) & (paper.method == method) & (paper.epoch == paper.epoch.max())]
-                    ax.plot(p.value, [y]*len(p), "D", ms=4, mfc="none", mec=COLORS[method], mew=.8)
+                    if len(p): ax.plot(p.value, [y]*len(p), "D", ms=4, mfc="none", mec=COLORS[method], mew=.8)
             ax.set(xlabel=label, yticks=range(len(methods)), yticklabels=[METHODS[m] for m in reversed(methods)], ylim=(-.6, len(methods) - .4))
             ax.set_title(BETTER[metric], fontsize=6.5, color="0.4")
             ax.grid(axis="x", lw=.3, color="0.85")
