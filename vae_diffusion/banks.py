@@ -77,7 +77,7 @@ def fill(
     "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin."
     if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
     identity = json.loads(json.dumps(pipe.identity() | {"sampler": sampler, "seed": seed, "batch": batch, "shard": shard}))
-    with paths.alone(self.folder):
+    with paths.alone(self.folder), paths.stoppable(at_once=True):
         self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
         was = self.manifest["identity"] or identity
         if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
@@ -87,12 +87,14 @@ def fill(
             while len(self) < count:
                 start, first, began = len(self)//shard*shard, len(self)//batch*batch, time.monotonic()
                 stop, new = min(start + shard, count), []
-                for b in range(first, stop, batch):
-                    new.append(pipe([paths.generator("bank", seed, i) for i in range(b, b + batch)], **sampler).cpu())
-                    bar.update(min(b + batch, stop) - max(b, len(self)))
-                    if time.monotonic() - began > seconds: break
-                old = [self[start:first]] if first > start else []
-                self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)
+                try:
+                    for b in range(first, stop, batch):
+                        new.append(pipe([paths.generator("bank", seed, i) for i in range(b, b + batch)], **sampler).cpu())
+                        bar.update(min(b + batch, stop) - max(b, len(self)))
+                        if time.monotonic() - began > seconds: break
+                finally: # also when it is stopped
+                    old = [self[start:first]] if first > start else []
+                    if new: self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)
     return self
 
 # %% ../nbs/05_banks.ipynb #cell012

@@ -256,14 +256,14 @@ def train(
     evaluate=None, # called with the averaged network at each point of the curve, returns a dict of further columns
     progress: bool=True, # show a progress bar
 ): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, ...}]
-    "Trains or continues a diffusion model. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit."
+    "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit."
     path, config = Path(folder)/"checkpoint.safetensors", configuration(net, images, levels, recipe)
     state, device, saved = State(net, recipe), next(net.parameters()).device, time.monotonic()
     if path.exists(): load_state(state, path, config)
     if state.images >= images_seen + recipe.batch: raise paths.ProjectError(
         f"{path} has seen {state.images} images, more than the {images_seen} asked for. Ask for more, or use another folder.")
-    with tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
-        while state.images < images_seen:
+    with paths.stoppable() as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
+        while state.images < images_seen and not asked:
             began = time.perf_counter()
             x = images[rows(state.steps, recipe.batch, len(images), recipe.seed)]
             state.step(2*to_unit(x.to(device), levels) - 1)
@@ -272,7 +272,7 @@ def train(
             if state.images//log_images > (state.images - len(x))//log_images:
                 state.log(evaluate(state.ema) if evaluate else {})
                 bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
-            if state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds:
+            if asked or state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds:
                 save_state(state, path, config)
                 saved = time.monotonic()
     return state.ema, state.curve

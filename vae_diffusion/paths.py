@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ProjectError', 'cache', 'root', 'weights', 'published', 'figures', 'runs', 'whole', 'write_text', 'hold', 'release',
-           'alone', 'digest', 'seed_of', 'generator', 'save_tensors', 'load_tensors']
+           'alone', 'stoppable', 'digest', 'seed_of', 'generator', 'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_paths.ipynb #cell002
-import fcntl, hashlib, json, os, tempfile
+import fcntl, hashlib, json, os, signal, tempfile, threading
 from contextlib import contextmanager
 from pathlib import Path
 import pooch, torch, vae_diffusion
@@ -99,6 +99,23 @@ def alone(folder): # as in `hold`
     finally: release(folder)
 
 # %% ../nbs/00_paths.ipynb #cell020
+@contextmanager
+def stoppable(
+    at_once: bool=False, # raise where the signal finds the program, instead of at the end of the block
+): # yields a list, empty until a signal comes
+    "Ctrl-C and SIGTERM only fill the list; the block's end then raises `KeyboardInterrupt`, as a second signal does at once."
+    asked, before = [], {}
+    def ask(number, frame):
+        asked.append(signal.Signals(number).name)
+        if at_once or len(asked) > 1: raise KeyboardInterrupt(f"stopped by {asked[0]}")
+    if threading.current_thread() is threading.main_thread(): # others get no signals
+        before = {n: signal.signal(n, ask) or signal.SIG_DFL for n in (signal.SIGINT, signal.SIGTERM)}
+    try: yield asked
+    finally:
+        for n, handler in before.items(): signal.signal(n, handler)
+    if asked: raise KeyboardInterrupt(f"stopped by {asked[0]}: the same command goes on from here")
+
+# %% ../nbs/00_paths.ipynb #cell023
 def digest(
     obj, # bytes, or anything that JSON can hold
     length: int=12, # hexadecimal digits kept
@@ -107,7 +124,7 @@ def digest(
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
 
-# %% ../nbs/00_paths.ipynb #cell023
+# %% ../nbs/00_paths.ipynb #cell026
 def seed_of(
     *parts, # integers and names that together identify the stream
 ) -> int: # 0 ≤ seed < 2^63
@@ -121,7 +138,7 @@ def generator(
     "A random generator of its own for the stream that `parts` identify."
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
-# %% ../nbs/00_paths.ipynb #cell026
+# %% ../nbs/00_paths.ipynb #cell029
 def save_tensors(
     path, # the file to write
     tensors: dict, # name -> tensor
@@ -131,7 +148,7 @@ def save_tensors(
     blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"note": json.dumps(note)})
     with whole(path) as tmp: tmp.write_bytes(blob)
 
-# %% ../nbs/00_paths.ipynb #cell027
+# %% ../nbs/00_paths.ipynb #cell030
 def load_tensors(
     path, # a file made by `save_tensors`
     device="cpu", # where the tensors go

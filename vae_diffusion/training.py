@@ -17,7 +17,7 @@ from tqdm import tqdm
 from . import augment
 from .data import pad, to_levels, to_unit
 from .models import products
-from .paths import ProjectError, generator, load_tensors, save_tensors
+from .paths import ProjectError, generator, load_tensors, save_tensors, stoppable
 
 # %% ../nbs/08_training.ipynb #cell005
 class Repeat:
@@ -258,9 +258,9 @@ def fit(
     step = stepper(vae, opt, levels, compile)
     saved, held = time.monotonic(), None
     vae.train()
-    with tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
+    with stoppable() as asked, tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
         for epoch in sorted({e for e in at if 0 < e < epochs} | {epochs}):
-            while state.step < done(epoch):
+            while state.step < done(epoch) and not asked:
                 start, losses = time.perf_counter(), []
                 i, first = divmod(state.step, STEPS)
                 if held != i: pairs, held = block(vae, source, i, batch, seed, device), i
@@ -271,9 +271,10 @@ def fit(
                 state.losses += _check(losses, state.step, N, batch)
                 state.seconds += time.perf_counter() - start
                 bar.update(len(losses)*batch)
-                if file and time.monotonic() - saved > every:
+                if file and (asked or time.monotonic() - saved > every):
                     _save(file, run, vae, opt, state)
                     saved = time.monotonic()
+            if asked: break
             if all(row["epoch"] < epoch for row in state.curve):
                 if epoch in keep: save_tensors(Path(folder)/f"epoch{epoch}.safetensors", vae.state_dict())
                 state.record(epoch, vae, evaluate(vae) if evaluate else {})
