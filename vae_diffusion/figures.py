@@ -44,7 +44,7 @@ def curves(
     "Mean ELBO on training and test images over effective epochs, one thin line a seed."
     methods = _order(table)
     with mpl.rc_context(STYLE):
-        fig, axes = plt.subplots(1, len(methods), figsize=(1.75*len(methods) + .4, 2.3), sharex=True, sharey=True, layout="constrained", squeeze=False)
+        fig, axes = plt.subplots(1, len(methods), figsize=(max(1.75*len(methods) + .4, 3.5), 2.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
         for ax, method in zip(axes[0], methods):
             for metric, style, color in (("elbo_train", "--", "0.45"), ("elbo_test", "-", COLORS[method])):
                 t = table[(table.metric == metric) & (table.method == method) & (table.k.isna() | (table.k == k))]
@@ -57,8 +57,8 @@ def curves(
                     if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
                 ax.annotate(part := metric.removeprefix("elbo_"), (mean.index[-1], mean.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if part == "train" else "top", color=color, fontsize=7, annotation_clip=False)
             ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=color)
-            ax.annotate(f"best test {mean.max():.1f}\nat epoch {mean.idxmax():g}", (.97, .04), xycoords="axes fraction", ha="right", fontsize=6.5, color="0.3")
-            ax.set_title(METHODS[method] + (f" (k = {k})" if method == "dmaapx" else ""), color=COLORS[method])
+            ax.annotate(f"best test {mean.max():.1f} at epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction", ha="center", fontsize=6.5, color="0.3")
+            ax.set_title(METHODS[method] + (f" (k = {k})" if method == "dmaapx" else ""), color=COLORS[method], pad=12)
         flat = table[table.metric.isin(["elbo_train", "elbo_test"])]
         low = flat[flat.epoch >= flat.epoch.max()*.08].value.min()
         axes[0, 0].set(ylabel="ELBO / nats per image", ylim=(low - 2, None), xlim=(0, flat.epoch.max()*1.02))
