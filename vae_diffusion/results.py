@@ -123,7 +123,7 @@ def markdown(
     for method in s.method.unique():
         cells = [s[(s.method == method) & (s.metric == m)] for m in metrics]
         lines.append(f"| {METHODS[method]} | " + " | ".join(_cell(c.iloc[0], m) if len(c) else "-" for c, m in zip(cells, metrics)) + " |")
-        if paper is None: continue
+        if paper is None or paper.empty: continue
         values = [paper[(paper.method == method) & (paper.metric == m) & (paper.epoch == paper.epoch.max())].value for m in metrics]
         lines.append(f"| paper, epoch {paper.epoch.max()} | " + " | ".join(f"*{v.iloc[0]:g}*" if len(v) else "" for v in values) + " |")
     return "\n".join(lines)
