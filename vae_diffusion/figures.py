@@ -19,7 +19,7 @@ from .results import METHODS, difference, final, over_seeds, reported
 plt.switch_backend(mpl.get_backend()) # now, because within `rc_context` its settings would be undone
 COLORS = {"normal": "#D55E00", "aug_naive": "#56B4E9", "aug_tuned": "#0072B2", "dmaapx": "#009E73"}
 STYLE = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.linewidth": .6, "xtick.major.width": .6, "ytick.major.width": .6, "lines.linewidth": 1.2, "figure.dpi": 120, "savefig.dpi": 200,
+         "axes.linewidth": .6, "xtick.major.width": .6, "ytick.major.width": .6, "lines.linewidth": 1.2, "figure.dpi": 96, "savefig.dpi": 200,
          "svg.hashsalt": "vae_diffusion", "image.cmap": "gray", "font.family": "DejaVu Sans"}
 
 def save(
