@@ -90,6 +90,12 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
 
 
+def test_overview_figure_is_drawn_from_published_results(tmp_path):
+    from vae_diffusion import figures, results
+    figures.save(figures.forest(results.complete(), figures.OVERVIEW), tmp_path, "overview")
+    assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
+
+
 def test_wheel_works_without_the_checkout(tmp_path):
     source = tmp_path / "source"
     for f in tracked("."):

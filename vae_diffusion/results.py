@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METHODS', 'CLAIMS', 'grid', 'collect', 'store', 'publish', 'published', 'reported', 'over_seeds', 'final',
-           'summary', 'markdown', 'difference', 'verdict', 'claims', 'provenance', 'claims_markdown', 'one_run']
+           'summary', 'markdown', 'difference', 'verdict', 'claims', 'complete', 'provenance', 'claims_markdown',
+           'one_run']
 
 # %% ../nbs/14_results.ipynb #cell002
 from dataclasses import replace
 import pandas as pd
-from . import paths
+from . import data, paths
 from .metrics import spread
 from .paths import ProjectError
 from .runs import COLUMNS, Run, read, read_table
-from .settings import Settings
+from .settings import Settings, params
 
 # %% ../nbs/14_results.ipynb #cell005
 def grid(
@@ -178,6 +179,12 @@ def claims(
         rows.append({"claim": text, "difference": mean, "low": low, "high": high, "verdict": verdict(low, high, sign)})
     return pd.DataFrame(rows, columns=["claim", "difference", "low", "high", "verdict"])
 
+# %% ../nbs/14_results.ipynb #ff8b3c8c
+def complete() -> dict: # name of a data set -> (tidy results, `Settings`)
+    "The data sets whose published results at the cpu scale have all methods, each with two seeds or more."
+    found = {name: (read_table(file), params(name)) for name in data.names if (file := paths.published()/f"{name}-cpu.csv").exists()}
+    return {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(METHODS, fill_value=0) > 1).all()}
+
 # %% ../nbs/14_results.ipynb #cell028
 def provenance(
     table: pd.DataFrame, # tidy results
@@ -190,13 +197,16 @@ def provenance(
             f"{table.config.nunique()} runs, {time} of computing in all, each on {' and '.join(sorted(table.hardware.unique()))}.")
 
 def claims_markdown(
-    t: pd.DataFrame, # from `claims`
+    found: dict, # title of a column, such as a data set -> claims, from `claims`
 ) -> str: # Markdown
-    "The claims as a table, with the digits that the intervals support."
-    lines = ["| claim | measured difference [95 % interval] | |", "|---|---:|---|"]
-    for r in t.itertuples():
-        d = 3 if "robustness" in r.claim else 1
-        lines.append(f"| {r.claim} | {r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}] | **{r.verdict}** |")
+    "The claims as a table, with the digits that the intervals support; - where a claim could not be measured."
+    lines = ["| claim | " + " | ".join(found) + " |", "|---|" + "---:|"*len(found)]
+    for claim in [text for text, *_ in CLAIMS if any(text in set(t.claim) for t in found.values())]:
+        d, cells = 3 if "robustness" in claim else 1, []
+        for t in found.values():
+            r = next(t[t.claim == claim].itertuples(), None)
+            cells.append(f"{r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}] **{r.verdict}**" if r else "-")
+        lines.append(f"| {claim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 def one_run(
