@@ -1,4 +1,5 @@
 "Shared by all tests: one thread a process, and a last line that counts."
+import csv
 import os
 import subprocess
 import sys
@@ -31,6 +32,21 @@ def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
     return folder
+
+
+@pytest.fixture
+def tries():
+    "How often a fault is tried: `tries(sample, full)`, the full number in `make torture`."
+    return lambda sample, full: full if "TORTURE" in os.environ else sample
+
+
+@pytest.fixture
+def record():
+    "Adds a line to the record that `make torture` keeps: what was tried, how often, and what came of it."
+    def add(fault, tried, outcome):
+        if "TORTURE" in os.environ:
+            with open(os.environ["TORTURE"], "a") as f: csv.writer(f, lineterminator="\n").writerow([fault, tried, outcome])
+    return add
 
 
 def pytest_runtest_logreport(report):

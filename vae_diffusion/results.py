@@ -42,7 +42,7 @@ def store(
 ):
     "Writes results, whole or not at all, with seeds, k and epochs as whole numbers if they are."
     whole = table.astype({c: "Int64" for c in ("seed", "k", "epoch") if (table[c].dropna() % 1 == 0).all()})
-    with paths.whole(path) as tmp: whole.to_csv(tmp, index=False, lineterminator="\n")
+    with paths.whole(path, listed=True) as tmp: whole.to_csv(tmp, index=False, lineterminator="\n")
 
 def publish(
     table: pd.DataFrame, # from `collect`, of all runs of the grid or some

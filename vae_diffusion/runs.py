@@ -13,6 +13,7 @@ import json, platform, shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 import pandas as pd
 import torch
@@ -101,7 +102,7 @@ def open_run(
     file, stored = run.folder/"config.json", None
     if file.exists():
         try: stored = json.loads(file.read_text())["config"]
-        except (ValueError, KeyError, TypeError, UnicodeDecodeError): pass
+        except (OSError, ValueError, KeyError, TypeError): pass
         if stored != run.config: raise ProjectError(f"{file} does not hold the configuration of run {run.name}: delete the folder and run again")
     else: paths.write_text(file, json.dumps({"config": run.config, "settings": asdict(settings), "environment": environment()}, indent=1))
     return run
@@ -146,15 +147,15 @@ def finish(
     who = {"dataset": s.dataset, "scale": s.scale, "method": s.method if vae else run.stage, "seed": s.seed if vae else None, "k": s.k if vae and s.method == "dmaapx" else None,
            "hardware": hardware(device), "seconds": seconds and round(seconds, 1), "config": run.digest}
     table = pd.DataFrame([who | r for r in rows]).reindex(columns=COLUMNS)
-    with paths.whole(run.results) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
+    with paths.whole(run.results, listed=True) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
     paths.release(run.folder)
     return read(run)
 
 def read_table(
     file, # CSV of tidy results
 ) -> pd.DataFrame:
-    "Reads results. A digest such as 292e8853 stays text and is not taken for a number."
-    return pd.read_csv(file, dtype={"config": str})
+    "Reads results; a digest such as 292e8853 stays text. Raises `ProjectError` if the file is not what was written."
+    return pd.read_csv(BytesIO(paths.checked(file)), dtype={"config": str})
 
 def read(
     run: Run, # a run that is done
@@ -243,9 +244,8 @@ def weights_folder(s: Settings) -> Path: # in diffusers' format
 # %% ../nbs/13_runs.ipynb #cell020
 def publish_weights(s: Settings): # all parameters
     "Copies the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if it is not trained."
-    source, target = weights_folder(replace(s, weights="trained")), paths.weights()/s.dataset
-    if target.exists(): shutil.rmtree(target)
-    shutil.copytree(source, target)
+    source = weights_folder(replace(s, weights="trained"))
+    with paths.whole_folder(paths.weights()/s.dataset) as new: shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 # %% ../nbs/13_runs.ipynb #cell023
 def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler

@@ -6,7 +6,7 @@
 __all__ = ['sigmas', 'heun', 'multistep', 'stochastic', 'EDMPipeline', 'model_card', 'save', 'load_pipeline']
 
 # %% ../nbs/06_sampling.ipynb #cell002
-import shutil, tempfile, torch
+import torch
 from copy import deepcopy
 from pathlib import Path
 from torch import nn
@@ -165,16 +165,11 @@ def save(
     dtype=None, # in which the weights are stored, such as torch.float16, or None for their own
 ):
     "Writes a model in diffusers' format with its model card, whole or not at all."
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp.") as tmp:
-        new = Path(tmp)/"new"
+    with paths.whole_folder(folder) as new:
         net = nn.Module.to(deepcopy(pipe.unet), "cpu", dtype)
         EDMPipeline(net, pipe.scheduler, pipe.config.levels).save_pretrained(new)
         paths.write_text(new/"README.md", card)
         for p in new.rglob("*.safetensors"): p.chmod(0o644)
-        if folder.exists(): folder.rename(Path(tmp)/"old")
-        new.rename(folder)
 
 # %% ../nbs/06_sampling.ipynb #cell039
 def load_pipeline(
@@ -185,6 +180,7 @@ def load_pipeline(
     folder = Path(folder)
     if not (folder/"model_index.json").exists(): raise paths.ProjectError(
         f"{folder} holds no diffusion model. Train it with the train_diffusion notebook, or restore it from git.")
+    paths.check_all(folder)
     try:
         net = UNet2DModel.from_pretrained(folder/"unet", low_cpu_mem_usage=False)
         scheduler = EDMDPMSolverMultistepScheduler.from_pretrained(folder/"scheduler")

@@ -54,7 +54,7 @@ def study(
     file = folder/f"{name}.yaml"
     if not file.exists(): raise ProjectError(f"there is no study {name}; there are {', '.join(sorted(f.stem for f in folder.glob('*.yaml')))}")
     try: content = yaml.safe_load(file.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ProjectError(f"{file} cannot be read as YAML ({e}). Correct it, or restore it from git.") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ProjectError(f"{file} cannot be read as YAML ({' '.join(str(e).split())}). Correct it, or restore it from git.") from e
     keys = {"dataset", "scale", "stages", "variants", "grid"}
     if not isinstance(content, dict) or content.keys() != keys: raise ProjectError(f"{file} must have the entries {', '.join(sorted(keys))}, and no others")
     if unknown := [s for s in content["stages"] if not (folder.parent/f"{s}.ipynb").exists()]: raise ProjectError(f"{file}: there is no experiment {', '.join(map(str, unknown))}")
