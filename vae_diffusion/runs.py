@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'config', 'Run', 'open_run', 'hardware', 'environment',
            'row', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained',
-           'bank_of', 'full_bank', 'weights_folder', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds',
-           'diffusion_rows', 'evaluate', 'curve_rows', 'changed', 'require']
+           'bank_of', 'full_bank', 'weights_folder', 'pipeline_of', 'publish_weights', 'scheduler_of', 'snapshots',
+           'bounds', 'diffusion_rows', 'evaluate', 'curve_rows', 'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import json, platform, shutil
@@ -240,6 +240,19 @@ def weights_folder(s: Settings) -> Path: # in diffusers' format
     run = Run("train_diffusion", s)
     read(run)
     return run.folder/"pipeline"
+
+def pipeline_of(
+    s: Settings, # all parameters
+    dataset: data.Dataset, # unpadded
+    folder=None, # of the model; the one that the bank is sampled from if None
+): # -> sampling.EDMPipeline on the device
+    "The diffusion model. Raises `ProjectError` if there is none, it is damaged, or it draws images of another kind."
+    from vae_diffusion import sampling # imported here, for diffusers is slow
+    folder = folder or weights_folder(s)
+    pipe = sampling.load_pipeline(folder, device())
+    for what, found, asked in ("shape", pipe.shape, dataset.shape), ("levels of a pixel", pipe.config.levels, dataset.levels):
+        if found != asked: raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {s.dataset} has {asked}. Restore it from git, or train it again with `make weights`")
+    return pipe
 
 # %% ../nbs/13_runs.ipynb #cell020
 def publish_weights(s: Settings): # all parameters
