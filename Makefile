@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
-.PHONY: reproduce test lab figures study bench weights readme clean
+.PHONY: reproduce test torture lab figures study bench weights readme clean
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -21,6 +21,11 @@ reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and run
 
 test: $(BIN)/ready  ## everything that CI checks
 	$(BIN)/python -m pytest -q -n 2 tests
+
+torture: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
+	@mkdir -p build && rm -f build/reliability.csv
+	TORTURE=build/reliability.csv $(BIN)/python -m pytest -q tests/test_5_reliability.py
+	mv build/reliability.csv data/reliability.csv
 
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab nbs/index.ipynb

@@ -44,8 +44,10 @@ def tries():
 def record():
     "Adds a line to the record that `make torture` keeps: what was tried, how often, and what came of it."
     def add(fault, tried, outcome):
-        if "TORTURE" in os.environ:
-            with open(os.environ["TORTURE"], "a") as f: csv.writer(f, lineterminator="\n").writerow([fault, tried, outcome])
+        if "TORTURE" not in os.environ: return
+        file = Path(os.environ["TORTURE"])
+        rows = ([] if file.exists() else [["fault", "tried", "outcome"]]) + [[fault, tried, outcome]]
+        with open(file, "a") as f: csv.writer(f, lineterminator="\n").writerows(rows)
     return add
 
 

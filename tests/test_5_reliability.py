@@ -1,5 +1,6 @@
 "Faults that a long campaign on shared machines meets. `make torture` tries all of them and keeps a record; `make test` a seeded sample."
 import json
+import os
 import random
 import resource
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, tracked
+from conftest import ROOT, run, tracked
 from vae_diffusion import data, paths, results, runs, sampling, settings
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.paths import ProjectError
@@ -150,3 +151,112 @@ def test_a_bad_file_is_refused_by_name(name, tmp_path, tries, record):
     file.write_bytes(good)
     assert refused and read() == content
     record(f"bad file: {name.replace('_', ' ')}", seed + 1, "refused by name, or read as it was written")
+
+
+KILL = sys.executable, "tests/kill.py"
+
+
+@pytest.mark.parametrize("stage", ["train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"])
+def test_a_stage_that_is_killed_ends_with_the_same_results(stage, tmp_path, tries, record):
+    "SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row; then the same command, bit for bit."
+    n = tries(1, 50)
+    found = json.loads(run(*KILL, tmp_path / "kill", n, stage))
+    assert not found["wrong"] and found["tries"] == n, found
+    record(f"killed: {stage.replace('_', ' ')}", found["kills"], f"the same results, bit for bit; left within 5 s when told to; at most {found['lost']:.1f} s of work done again")
+
+
+@pytest.mark.parametrize("stage", ["sample_bank", "train_vae"])
+def test_eight_at_once(stage, tmp_path, record):
+    "The first works, the others wait and take what it left."
+    found = json.loads(run(*KILL, tmp_path / "together", 8, "together", stage))
+    assert not found["wrong"], found
+    record(f"eight at once: {stage.replace('_', ' ')}", 8, "one works, the others wait; the same results, bit for bit")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A function that makes a folder on a disk of its own, with mount options; again with others for the same disk."
+    disk, mounted = tmp_path / "disk", []
+    disk.mkdir()
+    def mount(options):
+        done = subprocess.run(["mount", *(["-o", f"remount,{options}"] if mounted else ["-t", "tmpfs", "-o", options, "tmpfs"]), disk], capture_output=True, text=True)
+        if done.returncode: pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(True)
+        return disk
+    yield mount
+    if mounted: subprocess.run(["umount", disk], check=True)
+
+
+def train(folder, tmp_path, *parameters):
+    "Trains a VAE by papermill, as a user would: the exit status and all that was printed."
+    done = subprocess.run(["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", *parameters, "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"],
+                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {"VAE_DIFFUSION_RUNS": str(folder)})
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_full_disk(small_disk, tmp_path, record):
+    status, said = train(small_disk("size=64k") / "runs", tmp_path)
+    assert status and "cannot be written (No space left on device)" in said
+    assert not list(tmp_path.rglob("metrics.csv"))
+    status, said = train(small_disk("size=20m") / "runs", tmp_path)
+    assert not status and list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("*.tmp")), said
+    record("full disk", 1, "an error that names the file; with more room the same command ends well")
+
+
+def test_a_disk_that_may_not_be_written(small_disk, tmp_path, record):
+    small_disk("size=1m")
+    status, said = train(small_disk("ro") / "runs", tmp_path)
+    assert status and "cannot be written (Read-only file system)" in said
+    (tmp_path / "file").touch()
+    with patch.dict(os.environ, {"VAE_DIFFUSION_CACHE": str(tmp_path / "file" / "cache")}):
+        os.environ.pop("VAE_DIFFUSION_DATA", None)
+        with pytest.raises(ProjectError, match="cannot be written .Not a directory"): data.load("binary_mnist")
+    record("read-only disk, unwritable cache", 2, "an error that names the file")
+
+
+WRONG = {int: [-10**9, 10**18, 2.5, "many", None, [1], {"a": 1}], float: [float("nan"), -1e9, 1e12, "much", None, [1.], {"a": 1}],
+         bool: ["false", 2, None, []], str: ["nonsense", "", 3, None, ["normal"]], list: [[], 3, "text", [-1], [None], ["nonsense"], None]}
+
+
+@pytest.mark.parametrize("page", tracked("nbs/experiments/*.ipynb"))
+def test_every_parameter_is_checked(page, record):
+    "Each parameter of each notebook, with values of the wrong type, negative, absurd and missing: one line that names it."
+    cell = next(c for c in json.loads((ROOT / page).read_text())["cells"] if "parameters" in c["metadata"].get("tags", []))
+    exec("".join(cell["source"]), names := {})
+    del names["__builtins__"]
+    tried = 0
+    for name, value in names.items():
+        for wrong in WRONG[type(value)]:
+            if wrong == [] and name == "gaps_at": continue  # no epoch is a good wish
+            with pytest.raises(ProjectError, match=name) as e: settings.settings_of(names | {name: wrong})
+            assert "\n" not in str(e.value)
+            tried += 1
+    with pytest.raises(ProjectError, match="is no parameter"): settings.settings_of(names | {"colour": "red"})
+    record(f"bad parameters of {Path(page).stem}", tried + 1, "refused before any work, in one line that names the parameter")
+
+
+@pytest.mark.parametrize("wish, answer", [("DATASET=svhn", "no parameters for svhn"), ("SCALE=huge", "no parameters for digits at scale huge"), ("PART=methods=oracle", "choose one of normal"),
+                                          ("PART=seeds=first", "seeds must be of type int"), ("PART=colour=red", "colour is no part"), ("STUDY=none", "there is no study none")])
+def test_the_workflow_says_what_is_wrong(wish, answer, tmp_path, monkeypatch, record):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    done = subprocess.run(["make", "study" if "STUDY" in wish else "reproduce", *([] if "SCALE" in wish else ["SCALE=smoke"] if "DATASET" not in wish else []), wish], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and answer in done.stderr and not list(tmp_path.iterdir())
+    record(f"make reproduce {wish}", 1, "refused before any work, in one line")
+
+
+OFFLINE = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as s: fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1)) # the kernel of a notebook is spoken to on this machine
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_without_a_network(tmp_path, monkeypatch, record):
+    cut = ["unshare", "--map-root-user", "--net"]
+    if subprocess.run([*cut, "true"], capture_output=True).returncode: pytest.skip("the network cannot be cut off here")
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    assert "| DMaaPx |" in run(*cut, sys.executable, "-c", OFFLINE, "make", "reproduce", "SCALE=smoke")
+    with pytest.raises(AssertionError, match="but the download failed"):
+        run(*cut, sys.executable, "-c", OFFLINE, sys.executable, "-c", "from vae_diffusion import data; data.load('cifar10')",
+            env={k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")})
+    record("no network after the installation", 1, "make reproduce runs; a download says that it failed and what to do")

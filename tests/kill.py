@@ -1,0 +1,131 @@
+"""Kills the stages of an experiment at random moments and starts them again, or starts one many times at once.
+
+    python tests/kill.py FOLDER TRIES STAGE...      each stage is killed and started again, TRIES times
+    python tests/kill.py FOLDER 8 together STAGE... each stage is started 8 times at once
+
+Prints one line of JSON a stage. Every run is forked from this process, so that it starts at once.
+"""
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow"))
+import warm
+from vae_diffusion import banks, diffusion, figures, paths, results, runs, sampling, training
+from vae_diffusion.settings import Settings
+
+EVERY = .3  # seconds between checkpoints, so that there are some in a run of seconds
+SLACK = 2.5  # seconds that a run may take to start or to write besides
+GRACE = 5.  # seconds in which a run that is told to stop must have left
+SETTINGS = Settings(weights="trained", method="dmaapx", dm_images=6000, dm_judged=5, n_test=100, epochs=150, evaluate_at=(50, 100),
+                    k=3, ks=(3,), seeds=(0,), methods=("dmaapx",), star_images=10, star_steps=100, attack_steps=20, iwae_images=10)
+STAGES = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"
+
+
+def checkpoint_often():
+    fit, train, fill = training.fit, diffusion.train, banks.SampleBank.fill
+    training.fit = lambda *a, **k: fit(*a, **k | {"every": EVERY})
+    diffusion.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
+    banks.SampleBank.fill = lambda self, *a, **k: fill(self, *a, **k | {"batch": 64, "seconds": EVERY})
+
+
+def publish(folder):
+    "What the workflow does with the results of a grid that is done."
+    paths.published, paths.figures = lambda: folder / "published", lambda: folder / "published"
+    table = results.publish(results.collect(SETTINGS)[0], SETTINGS)
+    for name, drawn in figures.from_results(table, SETTINGS).items(): figures.save(drawn, paths.figures(), name)
+
+
+def start(stage, folder):
+    "A process that runs the stage in a folder of runs; its number."
+    process = os.fork()
+    if process: return process
+    failed = 1
+    try:
+        os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
+        if stage == "publish":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            publish(folder)
+        else: warm.notebook(runs.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
+        failed = 0
+    finally: os._exit(failed)
+
+
+def wait(process, seconds):
+    "The exit status, or None if the process still runs after so many seconds."
+    end = time.monotonic() + seconds
+    while True:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done: return status
+        if time.monotonic() > end: return None
+        time.sleep(.002)
+
+
+def content(folder):
+    "What the runs in a folder left: tables and manifests without their seconds, everything else by its digest."
+    found = {}
+    for f in sorted(folder.rglob("*")):
+        name = f.relative_to(folder).as_posix()
+        if f.name in ("metrics.csv", "digits-cpu.csv", "digits-smoke.csv"): found[name] = runs.read_table(f).drop(columns="seconds").to_csv()
+        elif f.name == "manifest.json": found[name] = json.loads(paths.checked(f)) | {"seconds": None}
+        elif f.suffix in (".safetensors", ".npy", ".svg", ".png") and "checkpoint" not in name: found[name] = paths.file_digest(f)
+    return found
+
+
+def lost(stage, folder, started):
+    "Seconds of work that a run that has just been killed does again; 0 if it was not in a loop with checkpoints, or had ended."
+    name = {"train_diffusion": "train_diffusion-*/checkpoint.safetensors", "train_vae": "train_vae-*/checkpoint.safetensors", "sample_bank": "bank-*/manifest.json"}.get(stage)
+    kept = list((folder / "digits-smoke").glob(name)) if name else []
+    if not kept or list((folder / "digits-smoke").glob(f"{stage}-*/metrics.csv")): return 0.
+    return time.time() - max(started, kept[0].stat().st_mtime)
+
+
+def kill(stage, before, whole, seconds, i):
+    "One try: up to three kills at random moments, then the end. Returns the kills, the most seconds lost by one, and what was wrong, if anything."
+    draw, folder, kills, most = random.Random(f"{stage} {i}"), before.parent / f"{stage}-{i}", 0, 0.
+    shutil.copytree(before, folder)
+    for last in False, False, False, True:
+        started, process = time.time(), start(stage, folder)
+        status = wait(process, 600 if last else draw.uniform(0, 1.1 * seconds))
+        if status is not None: break
+        how, told = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]), time.monotonic()
+        os.kill(process, how)
+        if wait(process, 60) is None: return kills, most, f"{how.name} did not end it"
+        kills, most = kills + 1, max(most, lost(stage, folder, started))
+        if time.monotonic() - told > GRACE: return kills, most, f"{how.name}: left after {time.monotonic() - told:.1f} s"
+        if most > EVERY + SLACK: return kills, most, f"{how.name}: {most:.1f} s of work were lost"
+    wrong = f"exit status {status}: {''.join(f.read_text()[-800:] for f in folder.glob('*.log'))}" if status else None
+    if not wrong and (found := content(folder)) != whole: wrong = f"differs: {[k for k in found.keys() | whole.keys() if found.get(k) != whole.get(k)]}"
+    if not wrong: shutil.rmtree(folder)
+    return kills, most, wrong
+
+
+def main(folder, tries, stages):
+    together, stages = stages[0] == "together", [s for s in stages if s != "together"]
+    checkpoint_often()
+    before = folder / "before"
+    before.mkdir(parents=True)
+    for stage in STAGES[:max(map(STAGES.index, stages)) + 1]:
+        stored = folder / f"before-{stage}"
+        shutil.copytree(before, stored)
+        began = time.monotonic()
+        if status := wait(start(stage, before), 600): sys.exit(f"{stage} failed by itself with {status}: {''.join(f.read_text() for f in before.glob('*.log'))}")
+        seconds, whole = time.monotonic() - began, content(before)
+        if stage not in stages: continue
+        if together:
+            processes = [start(stage, stored) for _ in range(tries)]
+            wrong = [s for p in processes if (s := wait(p, 600))] or (content(stored) != whole and ["results differ"])
+            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "wrong": wrong or []}), flush=True)
+            continue
+        found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
+        print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),
+                          "wrong": [f"try {i}: {w}" for i, (*_, w) in enumerate(found) if w]}), flush=True)
+
+
+if __name__ == "__main__": main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
