@@ -260,3 +260,24 @@ def test_without_a_network(tmp_path, monkeypatch, record):
         run(*cut, sys.executable, "-c", OFFLINE, sys.executable, "-c", "from vae_diffusion import data; data.load('cifar10')",
             env={k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")})
     record("no network after the installation", 1, "make reproduce runs; a download says that it failed and what to do")
+
+
+SHORT = """
+import resource, torch
+from vae_diffusion import data, metrics, models
+from vae_diffusion.likelihoods import family
+torch.set_num_threads(1)
+images = data.pad(data.load("digits").train, 64)
+vae = models.fully_connected((1, 64, 64), family("binomial", levels=17), (64,), 4)
+metrics.elbo(vae, images[:10], 17)
+used, limits = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, limits[1]))
+short = metrics.elbo(vae, images, 17)
+resource.setrlimit(resource.RLIMIT_AS, limits)
+torch.testing.assert_close(short, metrics.elbo(vae, images, 17), rtol=1e-6, atol=0)
+"""
+
+
+def test_short_memory(record):
+    assert "not enough memory: going on with" in run(sys.executable, "-c", SHORT)
+    record("memory for a part of the batch only", 1, "the batch is halved until it fits, and says so; the same ELBOs")

@@ -11,6 +11,7 @@ import numpy as np
 from pathlib import Path
 from tqdm import tqdm
 from . import paths
+from .data import in_parts
 
 # %% ../nbs/05_banks.ipynb #cell008
 class SampleBank:
@@ -81,7 +82,7 @@ def fill(
                 stop, new = min(start + shard, count), []
                 try:
                     for b in range(first, stop, batch):
-                        new.append(pipe([paths.generator("bank", seed, i) for i in range(b, b + batch)], **sampler).cpu())
+                        new += in_parts(lambda rows: pipe([paths.generator("bank", seed, i) for i in rows.tolist()], **sampler).cpu(), batch, torch.arange(b, b + batch))
                         bar.update(min(b + batch, stop) - max(b, len(self)))
                         if time.monotonic() - began > seconds: break
                 finally: # also when it is stopped

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['idx_files', 'idx_sizes', 'binary_mnist', 'fashion_mnist', 'cifar10', 'sources', 'names', 'to_unit', 'to_levels',
-           'pad', 'some', 'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar', 'idx_parts', 'cifar_parts',
-           'download', 'unpack', 'fetch', 'load']
+           'pad', 'in_parts', 'some', 'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar', 'idx_parts',
+           'cifar_parts', 'download', 'unpack', 'fetch', 'load']
 
 # %% ../nbs/01_data.ipynb #cell002
 import gzip, hashlib, math, os, tarfile, zlib
@@ -45,6 +45,25 @@ def pad(
     if size < max(h, w): raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger side")
     left, top = (size-w)//2, (size-h)//2
     return F.pad(x, (left, size-w-left, top, size-h-top))
+
+# %% ../nbs/01_data.ipynb #d43e8a8a
+def in_parts(
+    f, # of the parts of the tensors
+    size: int, # rows of a part
+    *tensors, # [n,...] each
+) -> list: # what f gives for each part
+    "Calls f on consecutive parts. A part for which there is not enough memory is halved, and so are those after it. Raises what f raises otherwise, or if one row is too much."
+    start, out = 0, []
+    while start < len(tensors[0]):
+        try: out.append(f(*(t[start:start+size] for t in tensors)))
+        except (MemoryError, RuntimeError) as e:
+            short = isinstance(e, (MemoryError, torch.OutOfMemoryError)) or "not enough memory" in str(e) or "can't allocate memory" in str(e)
+            if not short or size == 1: raise
+            size //= 2
+            print(f"not enough memory: going on with {size} at a time", flush=True)
+            continue
+        start += size
+    return out
 
 # %% ../nbs/01_data.ipynb #cell012
 def some(

@@ -12,7 +12,7 @@ import math, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch.distributions import Normal, kl_divergence
-from .data import to_unit
+from .data import in_parts, to_unit
 from .intervals import Interval, bootstrap, interval, resampled, spread
 from .likeness import ms_ssim
 from .models import products
@@ -41,7 +41,7 @@ def posteriors(
 ) -> Normal: # of [N,L,...], on the model's device
     "The encoder's q(z|x) of every image."
     device = next(vae.parameters()).device
-    q = [vae.encode(to_unit(x.to(device), levels)) for x in images.split(batch)]
+    q = in_parts(lambda x: vae.encode(to_unit(x.to(device), levels)), batch, images)
     return Normal(torch.cat([p.loc for p in q]), torch.cat([p.scale for p in q]), validate_args=False)
 
 # %% ../nbs/11_metrics.ipynb #cell009
@@ -53,8 +53,7 @@ def likelihoods(
     batch: int, # images per forward pass
 ) -> torch.Tensor: # float64 [N], nats, on the model's device
     "log p(x|z) of every image."
-    pairs = zip(images.split(batch), z.split(batch))
-    return torch.cat([vae.log_likelihood(to_unit(x.to(z.device), levels), z).double() for x, z in pairs])
+    return torch.cat(in_parts(lambda x, z: vae.log_likelihood(to_unit(x.to(z.device), levels), z).double(), batch, images, z))
 
 def noise_like(
     q: Normal, # gives shape and device
