@@ -1,5 +1,6 @@
 """Kills the stages of an experiment at random moments and starts them again, or starts one many times at once.
 
+    python tests/kill.py FOLDER 0 STAGE...          each stage runs once; the digest of its results, and its largest memory
     python tests/kill.py FOLDER TRIES STAGE...      each stage is killed and started again, TRIES times
     python tests/kill.py FOLDER 8 together STAGE... each stage is started 8 times at once
 
@@ -57,12 +58,17 @@ def start(stage, folder):
     finally: os._exit(failed)
 
 
+peaks = {}  # process -> its largest memory, MB
+
+
 def wait(process, seconds):
     "The exit status, or None if the process still runs after so many seconds."
     end = time.monotonic() + seconds
     while True:
-        done, status = os.waitpid(process, os.WNOHANG)
-        if done: return status
+        done, status, used = os.wait4(process, os.WNOHANG)
+        if done:
+            peaks[process] = used.ru_maxrss / 1024
+            return status
         if time.monotonic() > end: return None
         time.sleep(.002)
 
@@ -115,9 +121,12 @@ def main(folder, tries, stages):
         stored = folder / f"before-{stage}"
         shutil.copytree(before, stored)
         began = time.monotonic()
-        if status := wait(start(stage, before), 600): sys.exit(f"{stage} failed by itself with {status}: {''.join(f.read_text() for f in before.glob('*.log'))}")
+        if status := wait(process := start(stage, before), 600): sys.exit(f"{stage} failed by itself with {status}: {''.join(f.read_text() for f in before.glob('*.log'))}")
         seconds, whole = time.monotonic() - began, content(before)
         if stage not in stages: continue
+        if not tries:
+            print(json.dumps({"stage": stage, "content": paths.digest(whole), "peak": round(peaks[process])}), flush=True)
+            continue
         if together:
             processes = [start(stage, stored) for _ in range(tries)]
             wrong = [s for p in processes if (s := wait(p, 600))] or (content(stored) != whole and ["results differ"])

@@ -154,9 +154,10 @@ def test_a_bad_file_is_refused_by_name(name, tmp_path, tries, record):
 
 
 KILL = sys.executable, "tests/kill.py"
+STAGES = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"
 
 
-@pytest.mark.parametrize("stage", ["train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_is_killed_ends_with_the_same_results(stage, tmp_path, tries, record):
     "SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row; then the same command, bit for bit."
     n = tries(1, 50)
@@ -281,3 +282,35 @@ torch.testing.assert_close(short, metrics.elbo(vae, images, 17), rtol=1e-6, atol
 def test_short_memory(record):
     assert "not enough memory: going on with" in run(sys.executable, "-c", SHORT)
     record("memory for a part of the batch only", 1, "the batch is halved until it fits, and says so; the same ELBOs")
+
+
+def test_the_same_command_gives_the_same_results(tmp_path, record):
+    "All stages, twice at the same time: bit for bit the same. And no stage needs more memory than it should."
+    processes = [subprocess.Popen([*KILL, tmp_path / name, "0", *STAGES], cwd=ROOT, stdout=subprocess.PIPE, text=True) for name in "ab"]
+    a, b = ([json.loads(line) for line in p.communicate(timeout=300)[0].splitlines()] for p in processes)
+    assert [s["stage"] for s in a] == list(STAGES) and [s["content"] for s in a] == [s["content"] for s in b]
+    record("the same command, twice at once", 2*len(STAGES), "the same results, bit for bit")
+    for stage in a:
+        assert stage["peak"] < 1500, stage
+        record(f"memory of {stage['stage'].replace('_', ' ')}, digits", 1, f"at most {stage['peak']} MB, 1500 allowed")
+
+
+def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
+    "Two threads change the rounding, another seed changes everything."
+    elbo = {}
+    for name, threads, seed in ("one", 1, 0), ("two", 2, 0), ("seed", 1, 1):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        status, said = train(tmp_path / name, tmp_path, "-p", "epochs", "30", "-p", "seed", str(seed))
+        assert not status, said
+        elbo[name] = runs.read_table(*(tmp_path / name).glob("*/*/metrics.csv")).query("metric == 'elbo_test' and epoch == 30").value.item()
+    assert abs(elbo["one"] - elbo["two"]) < .5 < abs(elbo["one"] - elbo["seed"]), elbo
+    record("two threads in the place of one", 1, "test ELBO within 0.5 nats")
+    record("another seed", 1, "another test ELBO")
+
+
+def test_another_batch_of_the_sampler():
+    "Image i depends on its own noise; its batch changes the rounding alone, and with it one level in a thousand pixels at most."
+    pipe = sampling.load_pipeline(paths.weights() / "digits")
+    draw = lambda size: torch.cat(data.in_parts(lambda rows: pipe([paths.generator("bank", 0, i) for i in rows.tolist()], steps=8, solver="multistep"), size, torch.arange(64)))
+    together, apart = draw(64).int(), draw(7).int()
+    assert (together != apart).float().mean() < 1e-3 and (together - apart).abs().max() <= 1
