@@ -56,10 +56,11 @@ readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
 clean:  ## removes the environment and all runs
 	rm -rf .venv runs .snakemake build *.egg-info
 
-$(BIN)/ready: requirements.lock pyproject.toml
+$(BIN)/ready: requirements.lock requirements-torch.txt pyproject.toml
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv .venv
 	@echo "Installing the pinned requirements into .venv (about 3 minutes)"
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-torch.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
