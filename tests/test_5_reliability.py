@@ -314,3 +314,15 @@ def test_another_batch_of_the_sampler():
     draw = lambda size: torch.cat(data.in_parts(lambda rows: pipe([paths.generator("bank", 0, i) for i in rows.tolist()], steps=8, solver="multistep"), size, torch.arange(64)))
     together, apart = draw(64).int(), draw(7).int()
     assert (together != apart).float().mean() < 1e-3 and (together - apart).abs().max() <= 1
+
+
+def test_every_experiment_can_be_run_again_in_the_same_kernel(tmp_path):
+    assert json.loads(run(sys.executable, "tests/soak.py", tmp_path, 0))["runs"] == 12
+
+
+def test_a_long_session_leaves_nothing_behind(tmp_path, tries, record):
+    "One seed after the other in kernels that are not restarted: neither memory nor open files grow."
+    found = json.loads(run(sys.executable, "tests/soak.py", tmp_path, seconds := tries(15, 1800)))
+    grown = found["late"]["mb"] - found["early"]["mb"]
+    assert found["late"]["files"] <= found["early"]["files"] and grown < 100, found
+    record(f"{seconds // 60} minutes of runs in one kernel", found["runs"], f"memory grew by {grown:.0f} MB, 100 allowed; no more open files")

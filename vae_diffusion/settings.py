@@ -127,11 +127,12 @@ def settings_of(
 ) -> Settings:
     "The settings among the plain values of `names`. Raises `ProjectError` for a name that is no parameter."
     plain = {k: v for k, v in names.items() if isinstance(v, (bool, int, float, str, list, tuple)) and k[0] != "_" and k != "In"}
-    known = [f.name for f in fields(Settings)]
-    for k in plain:
-        if k not in known:
-            near = difflib.get_close_matches(k, known, 1)
-            raise ProjectError(f"{k} is no parameter" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"))
+    known, again = [f.name for f in fields(Settings)], names.get("_read_before")
+    for k in [k for k in plain if k not in known]:
+        near = difflib.get_close_matches(k, known, 1, .8 if again else .6)
+        if near or not again: raise ProjectError(f"{k} is no parameter" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"))
+        del plain[k]
+    if "__builtins__" in names: names["_read_before"] = True # a notebook's: its later cells leave variables
     for k in known:
         if k in names and k not in plain: raise ProjectError(f"{k} is {names[k]!r}, of type {type(names[k]).__name__}: give a number, a text, true or false, or a list")
     return Settings(**plain)
