@@ -20,8 +20,9 @@ from execnb.shell import CaptureShell
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def left():
-    "Memory in MB and open files of this process."
+def left(shells):
+    "Memory in MB and open files of this process, without the outputs that IPython keeps for `Out`."
+    for shell in shells: shell.reset(new_session=False)
     gc.collect()
     return {"mb": int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20, "files": len(os.listdir("/proc/self/fd"))}
 
@@ -38,9 +39,9 @@ def main(folder, seconds):
                 shell.run(cell.source + (f"\nseed, seeds, methods = {seed if seconds else 0}, [0], ['normal']" if "parameters" in cell.metadata.get("tags", []) else ""))
                 if shell.exc: raise shell.exc
             runs += 1
-        if not early and time.monotonic() - began > seconds / 5: early = left()
+        if not early and time.monotonic() - began > seconds / 5: early = left(shells.values())
         elif time.monotonic() - began > seconds: break
-    print(json.dumps({"runs": runs, "early": early, "late": left()}))
+    print(json.dumps({"runs": runs, "early": early, "late": left(shells.values())}))
 
 
 if __name__ == "__main__": main(sys.argv[1], float(sys.argv[2]))
