@@ -172,10 +172,11 @@ def checked(
 ) -> bytes: # its content
     "Reads a file. Raises `ProjectError` if it is not there, or not what was written."
     path, remedy = Path(path), "Restore it from version control, or delete it and run the same command again."
-    known = [d for d, name in listed(path.parent) if name == path.name]
-    try: data = path.read_bytes()
-    except OSError as e: raise ProjectError(f"{path} cannot be read ({e.strerror or e}). {remedy}") from e
-    if (found := hashlib.sha256(data).hexdigest()) in known: return data
+    for _ in range(2): # a second look, for it may have been replaced between the two readings
+        known = [d for d, name in listed(path.parent) if name == path.name]
+        try: data = path.read_bytes()
+        except OSError as e: raise ProjectError(f"{path} cannot be read ({e.strerror or e}). {remedy}") from e
+        if (found := hashlib.sha256(data).hexdigest()) in known: return data
     raise ProjectError(f"{path}: expected SHA-256 {' or '.join(known) or 'in SHA256SUMS beside it'}, found {found}. {remedy}")
 
 # %% ../nbs/00_paths.ipynb #179aaf25
