@@ -46,6 +46,7 @@ def curves(
     with mpl.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(methods), figsize=(max(1.75*len(methods) + .4, 3.5), 2.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
         for ax, method in zip(axes[0], methods):
+            ends = []
             for metric, style, color in (("elbo_train", "--", "0.45"), ("elbo_test", "-", COLORS[method])):
                 t = table[(table.metric == metric) & (table.method == method) & (table.k.isna() | (table.k == k))]
                 wide = t.pivot_table(index="epoch", columns="seed", values="value")
@@ -55,7 +56,8 @@ def curves(
                 if paper is not None:
                     p = paper[(paper.metric == metric) & (paper.method == method) & (paper.epoch <= mean.index[-1])]
                     if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
-                ax.annotate(part := metric.removeprefix("elbo_"), (mean.index[-1], mean.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if part == "train" else "top", color=color, fontsize=7, annotation_clip=False)
+                ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_"), color))
+            for va, (y, x, part, shade) in zip(("top", "bottom"), sorted(ends)): ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color=shade, fontsize=7, annotation_clip=False)
             ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=color)
             ax.annotate(f"best test {mean.max():.1f} at epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction", ha="center", fontsize=6.5, color="0.3")
             ax.set_title(METHODS[method] + (f" (k = {k})" if method == "dmaapx" else ""), color=COLORS[method], pad=12)
