@@ -49,9 +49,9 @@ def figure(
     table: pd.DataFrame, # as in `against`
 ):
     "Test ELBO of the VAEs against the evaluations of the sampler behind their bank."
-    title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval over {table.seed.nunique()} seeds"
+    title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval, {table.seed.nunique()} seeds"
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(3.5, 2.4), layout="constrained")
+        fig, ax = plt.subplots(figsize=(4, 2.8), layout="constrained")
         for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver"), ("stochastic", "#CC79A7", "stochastic solver")):
             t = final(table, "elbo_test")
             t = t[t.variant.str.startswith(solver)]
@@ -60,12 +60,12 @@ def figure(
             mean, low, high = np.array([over_seeds(v) for _, v in by]).T
             n = np.array(list(by.groups))
             for i, v in by: ax.plot(np.full(len(v), i), v, "o", ms=3, mfc="white", mec=color, mew=.7)
-            ax.errorbar(n, mean, (mean - low, high - mean), color=color, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(color, .45), marker="_", ms=9, zorder=1)
+            ax.errorbar(n, mean, (mean - low, high - mean), color=color, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(color, .45), marker="_", ms=9, zorder=1, label=label)
             if solver == "heun": ax.axhspan(low[0], high[0], color=color, alpha=.12, lw=0)
-            ax.annotate(label, (n[-1], by.min().iloc[-1]), xytext=(4, -6), textcoords="offset points", ha="right", va="top", color=color, fontsize=7)
         ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image", title=title)
         ticks = sorted({evaluations(v) for v in table.variant})
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
-        ax.margins(y=.15)
+        ax.margins(y=.08)
+        fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7, handlelength=1.2, columnspacing=1.2)
     return fig
