@@ -52,6 +52,7 @@ def config(
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
         own |= {"method": s.method, "seed": s.seed} | {k: getattr(s, k) for name in (s.net, s.likelihood) for k in ONLY.get(name, [])}
+        own |= {k: getattr(s, k) for k in ("activation", "normalisation") if s.net == "fully_connected" and getattr(s, k) != getattr(Settings, k)} # left out where they are the usual ones
         if kept := [e for e in s.gaps_at if e < s.epochs]: own["gaps_at"] = kept # their weights are stored
         if s.method == "dmaapx": own |= {"k": s.k, "bank": config("bank", s)}
     if stage == "measure_diffusion": own |= {"bank": config("bank", s), "vae": config("train_vae", reference(s))}
@@ -205,7 +206,7 @@ def vae_of(
     with torch.random.fork_rng():
         torch.manual_seed(paths.seed_of("init", s.seed))
         if s.net == "residual": vae = models.residual(dataset.shape, lik, s.nc, s.mz)
-        else: vae = models.fully_connected(dataset.shape, lik, s.hidden, s.latent)
+        else: vae = models.fully_connected(dataset.shape, lik, s.hidden, s.latent, s.activation, s.normalisation)
     vae.autocast = torch.bfloat16 if s.bf16 else None
     layout = torch.channels_last if s.net == "residual" and device() == "cuda" else torch.preserve_format
     return vae.to(device(), memory_format=layout)

@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'RANGES', 'IMAGE_SIDE', 'Settings', 'settings_of', 'params
 import difflib
 from dataclasses import dataclass, fields
 import yaml
-from . import data, likelihoods, paths
+from . import data, likelihoods, models, paths
 from .paths import ProjectError
 from .training import methods
 
@@ -54,6 +54,8 @@ class Settings:
     net: str="fully_connected" # the VAE's networks
     hidden: tuple=(64, 64) # fully connected: hidden widths of the encoder, mirrored in the decoder
     latent: int=8 # fully connected: latent dimensions
+    activation: str="relu" # fully connected: after each hidden layer
+    normalisation: str="none" # fully connected: of each hidden layer, before the activation
     nc: int=32 # residual: channels
     mz: int=1 # residual: latent channels on a grid of a quarter of the side
     side: int=8 # images are zero-padded to this side
@@ -87,7 +89,7 @@ class Settings:
 
 # %% ../nbs/12_settings.ipynb #cell007
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
-           "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "likelihood": likelihoods.names}
+           "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "activation": tuple(models.ACTIVATIONS), "normalisation": tuple(models.NORMALISATIONS), "likelihood": likelihoods.names}
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000), "steps": (2, 10_000), "dm_images": (1, 10**10), "dm_ema": (1, 10**10), "dm_snapshots": (1, 30), "dm_layers": (1, 32)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")} | {
@@ -116,7 +118,7 @@ def _together(s):
         (side % 2**halvings, f"dm_widths has {len(s.dm_widths)} entries, but images of {s.dataset}, {side} pixels wide, cannot be halved {halvings} times: give fewer"),
         (s.dm_sigma_min >= s.dm_sigma_max, "dm_sigma_min must be below dm_sigma_max"),
         (s.net == "residual" and s.side % 4, f"side is {s.side}, but the residual network quarters it: choose a multiple of 4"),
-        (s.net == "residual" and s.compile, "compile must be false for the residual network, whose BatchNorm one compiled step does not keep"),
+        ((s.net == "residual" or s.normalisation == "batch") and s.compile, "compile must be false for a network with BatchNorm, which one compiled step does not keep"),
         (s.likelihood == "bernoulli" and s.dataset != "binary_mnist", f"likelihood is bernoulli, for images of two levels, but dataset is {s.dataset}: choose another"),
         (s.star_samples % 2, f"star_samples is {s.star_samples}, but latent samples come in antithetic pairs: choose an even number")]:
         if wrong: raise ProjectError(message)
