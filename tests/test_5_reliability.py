@@ -7,7 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
+import threading
+import time
+from contextlib import contextmanager
 from dataclasses import asdict
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from unittest.mock import patch
 
@@ -172,6 +178,84 @@ def test_eight_at_once(stage, tmp_path, record):
     found = json.loads(run(*KILL, tmp_path / "together", 8, "together", stage))
     assert not found["wrong"], found
     record(f"eight at once: {stage.replace('_', ' ')}", 8, "one works, the others wait; the same results, bit for bit")
+
+
+DOWNLOAD = """
+import json, sys
+from unittest.mock import patch
+from vae_diffusion import data
+source = data.Source(**json.loads(sys.argv[1]), parse=data.sources["cifar10"].parse)
+with patch.dict(data.sources, cifar10=source): print(data.md5_of(data.load("cifar10").train.numpy().tobytes()))
+"""
+
+
+def test_eight_downloads_at_once(tmp_path, record):
+    "The first downloads and unpacks, the others wait: every process has the images, and the server was asked once."
+    batches, asked = {f"{i}.bin": bytes([i]) + bytes(range(256)) * 12 for i in range(2)}, []
+    served = tmp_path / "served" / "tiny.tar.gz"
+    served.parent.mkdir()
+    with tarfile.open(served, "w:gz") as tar:
+        for name, raw in batches.items():
+            (tmp_path / name).write_bytes(raw)
+            tar.add(tmp_path / name, name)
+
+    class Slow(SimpleHTTPRequestHandler):
+        def __init__(self, *a): super().__init__(*a, directory=served.parent)
+        def log_message(self, *_): pass
+        def do_GET(self):
+            asked.append(self.path)
+            time.sleep(1)
+            super().do_GET()
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        source = {"folder": "tiny", "levels": 256, "mirrors": [f"http://127.0.0.1:{server.server_port}/"],
+                  "containers": {served.name: data.md5_of(served.read_bytes())}, "files": {name: [len(raw), data.md5_of(raw)] for name, raw in batches.items()}}
+        env = {k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}
+        eight = [subprocess.Popen([sys.executable, "-c", DOWNLOAD, json.dumps(source)], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(8)]
+        said = [p.communicate(timeout=120)[0].splitlines() for p in eight]
+        server.shutdown()
+    assert {lines[-1] for lines in said} == {data.md5_of(batches["0.bin"][1:])} and not any(p.returncode for p in eight)
+    assert len(asked) == 1 and any("waiting for it to end" in line for lines in said for line in lines), (asked, said)
+    record("eight at once: download", 8, "one downloads, the others wait; the server is asked once")
+
+
+@contextmanager
+def plain_user():
+    "Within, permissions apply: to the superuser they do not."
+    if root := not os.geteuid(): os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+
+
+@pytest.fixture
+def open_folder():
+    "A folder that every user may enter; that of `tmp_path` only its owner."
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_that_may_not_be_read(name, open_folder, record):
+    file, read = getattr(Formats(open_folder), name)()
+    file.chmod(0)
+    with plain_user(), pytest.raises(ProjectError) as e: read()
+    assert str(file) in str(e.value) and "Permission denied" in str(e.value)
+    file.chmod(0o644)
+    with plain_user(): read()
+    record(f"no permission to read: {name.replace('_', ' ')}", 1, "an error that names the file")
+
+
+def test_a_folder_that_may_not_be_written(open_folder, record):
+    (open_folder / "results").mkdir(mode=0o555)
+    bank = Formats(open_folder)
+    for write in [lambda f: results.store(results.published("digits").head(3), f / "digits-cpu.csv"), lambda f: paths.hold(f / "run"),
+                  lambda f: SampleBank(f / "bank").fill(bank, 20, progress=False), lambda f: paths.save_tensors(f / "a.safetensors", {"a": torch.ones(2)})]:
+        with plain_user(), pytest.raises(ProjectError, match=f"{open_folder}/results/.* cannot be written .Permission denied"): write(open_folder / "results")
+    assert not any((open_folder / "results").iterdir())
+    record("no permission to write", 4, "an error that names the file")
 
 
 @pytest.fixture

@@ -35,9 +35,10 @@ class SampleBank:
 
     def _shard(self, shard, verify):
         path = self.folder/shard["file"]
-        if not path.exists(): self._refuse(path, shard["digest"], "no file")
-        if verify and (found := paths.file_digest(path)) != shard["digest"]: self._refuse(path, shard["digest"], found)
-        return np.load(path, mmap_mode="r")
+        try:
+            if verify and (found := paths.file_digest(path)) != shard["digest"]: self._refuse(path, shard["digest"], found)
+            return np.load(path, mmap_mode="r")
+        except OSError as e: self._refuse(path, shard["digest"], f"no readable file ({e.strerror or e})")
 
     def _refuse(self, path, expected, found):
         raise paths.ProjectError(f"{path}: expected {expected}, found {found}. "

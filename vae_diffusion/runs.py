@@ -103,7 +103,8 @@ def open_run(
     file, stored = run.folder/"config.json", None
     if file.exists():
         try: stored = json.loads(file.read_text())["config"]
-        except (OSError, ValueError, KeyError, TypeError): pass
+        except OSError as e: raise ProjectError(f"{file} cannot be read ({e.strerror or e}): make it readable and run again") from e
+        except (ValueError, KeyError, TypeError): pass
         if stored != run.config: raise ProjectError(f"{file} does not hold the configuration of run {run.name}: delete the folder and run again")
     else: paths.write_text(file, json.dumps({"config": run.config, "settings": asdict(settings), "environment": environment()}, indent=1))
     return run
