@@ -272,25 +272,32 @@ def small_disk(tmp_path):
     if mounted: subprocess.run(["umount", disk], check=True)
 
 
-def train(folder, tmp_path, *parameters):
-    "Trains a VAE by papermill, as a user would: the exit status and all that was printed."
-    done = subprocess.run(["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", *parameters, "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"],
-                          cwd=ROOT, capture_output=True, text=True, env=os.environ | {"VAE_DIFFUSION_RUNS": str(folder)})
-    return done.returncode, done.stdout + done.stderr
+def papermill(stage, folder, *parameters):
+    "Runs an experiment as a user would: the exit status, all that was printed, and the peak of the memory in MB."
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", *parameters, f"nbs/experiments/{stage}.ipynb", "/dev/null"],
+                                   cwd=ROOT, stdout=said, stderr=said, env=os.environ | {"VAE_DIFFUSION_RUNS": str(folder)})
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        said.seek(0)
+        return process.returncode, said.read(), used.ru_maxrss // 1000
+
+
+def train(folder, *parameters): return papermill("train_vae", folder, *parameters)[:2]
 
 
 def test_a_full_disk(small_disk, tmp_path, record):
-    status, said = train(small_disk("size=64k") / "runs", tmp_path)
+    status, said = train(small_disk("size=64k") / "runs")
     assert status and "cannot be written (No space left on device)" in said
     assert not list(tmp_path.rglob("metrics.csv"))
-    status, said = train(small_disk("size=20m") / "runs", tmp_path)
+    status, said = train(small_disk("size=20m") / "runs")
     assert not status and list(tmp_path.rglob("metrics.csv")) and not list(tmp_path.rglob("*.tmp")), said
     record("full disk", 1, "an error that names the file; with more room the same command ends well")
 
 
 def test_a_disk_that_may_not_be_written(small_disk, tmp_path, record):
     small_disk("size=1m")
-    status, said = train(small_disk("ro") / "runs", tmp_path)
+    status, said = train(small_disk("ro") / "runs")
     assert status and "cannot be written (Read-only file system)" in said
     (tmp_path / "file").touch()
     with patch.dict(os.environ, {"VAE_DIFFUSION_CACHE": str(tmp_path / "file" / "cache")}):
@@ -379,12 +386,27 @@ def test_the_same_command_gives_the_same_results(tmp_path, record):
         record(f"memory of {stage['stage'].replace('_', ' ')}, digits", 1, f"at most {stage['peak']} MB, 1500 allowed")
 
 
+FULL = {  # shorter, with all that is held in memory at its size
+    "train_diffusion": ["-p", "dm_images", "3200", "-p", "dm_judged", "50"],
+    "sample_bank": ["-p", "n_train", "1000", "-y", "ks: [1]", "-p", "k", "1"],
+    "train_vae": ["-p", "epochs", "1"],
+    "measure_gaps": ["-p", "epochs", "1"]}
+
+
+@pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="VAE_DIFFUSION_DATA is not set: it names the folder that holds the published data sets")
+@pytest.mark.parametrize("stage", FULL if "TORTURE" in os.environ else ["sample_bank"])
+def test_memory_at_full_size(stage, tmp_path, record):
+    status, said, peak = papermill(stage, tmp_path, "-f", "nbs/experiments/params/binary_mnist-cpu.yaml", *FULL[stage])
+    assert not status and peak < 3000, (peak, said)
+    record(f"memory of {stage.replace('_', ' ')}, binary_mnist", 1, f"at most {peak} MB, 3000 allowed")
+
+
 def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
     "Two threads change the rounding, another seed changes everything."
     elbo = {}
     for name, threads, seed in ("one", 1, 0), ("two", 2, 0), ("seed", 1, 1):
         monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
-        status, said = train(tmp_path / name, tmp_path, "-p", "epochs", "30", "-p", "seed", str(seed))
+        status, said = train(tmp_path / name, "-p", "epochs", "30", "-p", "seed", str(seed))
         assert not status, said
         elbo[name] = runs.read_table(*(tmp_path / name).glob("*/*/metrics.csv")).query("metric == 'elbo_test' and epoch == 30").value.item()
     assert abs(elbo["one"] - elbo["two"]) < .5 < abs(elbo["one"] - elbo["seed"]), elbo
