@@ -56,7 +56,7 @@ readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
 clean:  ## removes the environment and all runs
 	rm -rf .venv runs .snakemake build *.egg-info
 
-$(BIN)/ready: requirements.lock requirements-torch.txt pyproject.toml
+$(BIN)/ready: requirements.lock requirements-torch.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	$(PYTHON) -m venv .venv
 	@echo "Installing the pinned requirements into .venv (about 3 minutes)"

@@ -229,8 +229,9 @@ def fresh(n): # -> VAE with random weights, n test images uint8
 def attack_ours(n=50, restarts=10, steps=50):
     "All images and restarts at once."
     vae, x = fresh(n)
+    gflop = 2*steps*flops(lambda: vae.encode(data.to_unit(x[:1], 2))) # the gradient costs what the value does
     calls, seconds = timed(lambda: metrics.attack(vae, data.to_unit(x, 2), restarts, steps), 1)
-    return calls*n*restarts, seconds, None
+    return calls*n*restarts, seconds, gflop
 
 def attack_loop(n=2, restarts=4, steps=50, lr=1., delta=.1):
     "One image and one restart at a time, by PyTorch's own optimiser and scheduler."
@@ -254,9 +255,11 @@ def attack_loop(n=2, restarts=4, steps=50, lr=1., delta=.1):
 def star(n=1000, batch=1000, steps=200):
     "q* of `n` images, `batch` at a time."
     vae, x = fresh(n)
+    samples, starts = 4, 2
+    gflop = 2*steps*samples*starts*flops(lambda: vae.decode(torch.zeros(1, *vae.latent_shape, device=x.device)))
     start = time.perf_counter()
-    metrics.amortization_gap(vae, x, 2, steps=steps, batch=batch)
-    return n, time.perf_counter() - start, None
+    metrics.amortization_gap(vae, x, 2, steps=steps, samples=samples, batch=batch)
+    return n, time.perf_counter() - start, gflop
 
 def similarity(package, n=64, side=176): # packages refuse images that are smaller
     "MS-SSIM of grey images."
@@ -309,7 +312,7 @@ SPEED = {
     ("MS-SSIM", "ours", None): (similarity, {"package": "ours"}),
 }
 
-ELBO = {("test ELBO", way, seed): (final_elbo, {"way": way, "seed": seed}) for seed in range(3) for way in ("pythae", "float32", "bfloat16", "compiled")}
+ELBO = {("test ELBO", way, seed): (final_elbo, {"way": way, "seed": seed}) for seed in range(6) for way in ("pythae", "float32", "bfloat16", "compiled")}
 COST = {("growth", name, x): (growth, {name: x}) for name, values in GROWTH.items() for x in values}
 
 # %% ../nbs/17_bench.ipynb #cell027
