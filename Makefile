@@ -28,7 +28,7 @@ torture: $(BIN)/ready  ## every fault that the project must survive, at full len
 	mv build/reliability.csv data/reliability.csv
 
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab nbs/index.ipynb
+	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 figures: $(BIN)/ready  ## the same, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them
 	@$(SNAKEMAKE) --forcerun report -- publish
