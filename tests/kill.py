@@ -50,6 +50,7 @@ def start(stage, folder):
     failed = 1
     try:
         os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background has it ignored
         if stage == "publish":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             publish(folder)
