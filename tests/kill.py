@@ -50,10 +50,8 @@ def start(stage, folder):
     failed = 1
     try:
         os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background has it ignored
-        if stage == "publish":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            publish(folder)
+        for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # this process may have been started with them ignored
+        if stage == "publish": publish(folder)
         else: warm.notebook(runs.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
         failed = 0
     finally: os._exit(failed)

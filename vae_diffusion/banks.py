@@ -77,6 +77,8 @@ def fill(
         if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
             ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
             ". Ask for the same, or use another folder.")
+        if not self.manifest["identity"]: self._keep([], 0, 0., identity) # before the first shard, which would be refused without
+        self._tidy()
         with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
             while len(self) < count:
                 start, first, began = len(self)//shard*shard, len(self)//batch*batch, time.monotonic()
@@ -98,11 +100,19 @@ def _add(self: SampleBank, start, images, identity, seconds):
     path = self.folder/f"{start:08d}-{stop:08d}.npy"
     with paths.whole(path) as tmp, open(tmp, "wb") as f: np.save(f, images)
     kept = self.manifest["shards"][:start//identity["shard"]]
-    replaced = self.manifest["shards"][len(kept):]
-    self.manifest = {"count": stop, "seconds": round(self.manifest["seconds"] + seconds, 3), "identity": identity,
-        "shards": kept + [{"file": path.name, "start": start, "stop": stop, "digest": paths.file_digest(path)}]}
-    paths.write_text(self.folder/"manifest.json", json.dumps(self.manifest, indent=1), listed=True)
+    self._keep(kept + [{"file": path.name, "start": start, "stop": stop, "digest": paths.file_digest(path)}], stop, self.manifest["seconds"] + seconds, identity)
     self.maps[len(kept):] = [np.load(path, mmap_mode="r")]
-    for s in replaced: (self.folder/s["file"]).unlink(missing_ok=True)
+    self._tidy()
 
-SampleBank.fill, SampleBank._add = fill, _add
+def _keep(self: SampleBank, shards, count, seconds, identity):
+    "Writes the manifest."
+    self.manifest = {"count": count, "seconds": round(seconds, 3), "identity": identity, "shards": shards}
+    paths.write_text(self.folder/"manifest.json", json.dumps(self.manifest, indent=1), listed=True)
+
+def _tidy(self: SampleBank):
+    "Removes shards that the manifest does not name, and what a killed process was writing."
+    names = {s["file"] for s in self.manifest["shards"]}
+    for f in [*self.folder.glob("*.npy"), *self.folder.glob(".*.tmp")]:
+        if f.name not in names: f.unlink(missing_ok=True)
+
+SampleBank.fill, SampleBank._add, SampleBank._keep, SampleBank._tidy = fill, _add, _keep, _tidy

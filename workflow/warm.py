@@ -40,7 +40,7 @@ papermill_engines.register("in_process", InProcess)
 
 def notebook(run, log):
     "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # where no checkpoint is made, they end it at once
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     logging.disable(logging.WARNING)  # papermill's, for parameters that belong to other notebooks
     torch.set_num_threads(1)
