@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 from conftest import ROOT, run, tracked
@@ -432,3 +433,23 @@ def test_a_long_session_leaves_nothing_behind(tmp_path, tries, record):
     grown = found["late"]["mb"] - found["early"]["mb"]
     assert found["late"]["files"] <= found["early"]["files"] and grown < 100, found
     record(f"{seconds // 60} minutes of runs in one kernel", found["runs"], f"memory grew by {grown:.0f} MB, 100 allowed; no more open files")
+
+
+def test_a_long_workflow_leaves_nothing_behind(tmp_path, tries, record):
+    "Thousands of runs under one `make reproduce`: neither the memory nor the open files of the process that starts them grow. SIGTERM ends it."
+    seconds, seen = tries(15, 1800), []
+    count = lambda: len(list(tmp_path.glob("digits-smoke/*/metrics.csv")))
+    make = subprocess.Popen(["make", "reproduce", "SCALE=smoke", f"PART=methods=normal seeds={','.join(map(str, range(seconds * 2)))}"], cwd=ROOT, start_new_session=True,
+                            env=os.environ | {"VAE_DIFFUSION_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not count(): assert make.poll() is None and not time.sleep(.1)
+    workflow = next(p for p in psutil.Process(make.pid).children() if "snakemake" in " ".join(p.cmdline()))
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(.5)
+        seen.append((workflow.memory_info().rss / 2**20, workflow.num_fds()))
+    finished = count()
+    os.killpg(make.pid, signal.SIGTERM)
+    assert make.wait(60)
+    (early, opened), (late, left) = (map(max, zip(*part)) for part in (seen[len(seen) // 5:len(seen) * 2 // 5], seen[-len(seen) // 5:]))
+    assert finished > seconds / 3 and left <= opened + 5 and late - early < 100, (finished, early, late, opened, left)
+    record(f"{seconds // 60} minutes of runs in one workflow", finished, f"memory grew by {late - early:.0f} MB, 100 allowed; no more open files")
