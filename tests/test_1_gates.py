@@ -91,8 +91,8 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
-    from vae_diffusion import figures, results
-    figures.save(figures.forest(results.complete(), figures.OVERVIEW), tmp_path, "overview")
+    from vae_diffusion import figures, studies
+    figures.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
     assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
 
 

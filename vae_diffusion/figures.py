@@ -188,7 +188,7 @@ def forest(
                     mean, low, high = difference(table, metric, method, k=s.k)
                     ax.plot([low, high], [y, y], color=COLORS[method], lw=2.2, alpha=.45, solid_capstyle="butt")
                     ax.plot(mean, y, "|", ms=8, color=COLORS[method], mew=1.6)
-                    if paper is not None: ax.plot(paper.loc[metric, method] - paper.loc[metric, "normal"], y, "D", ms=3.5, mfc="none", mec=COLORS[method], mew=.8)
+                    if paper is not None and metric in paper.index: ax.plot(paper.loc[metric, method] - paper.loc[metric, "normal"], y, "D", ms=3.5, mfc="none", mec=COLORS[method], mew=.8)
                 ax.axvline(0, color=COLORS["normal"], lw=.8, zorder=0)
                 ax.set(yticks=range(len(methods)), yticklabels=[METHODS[m] for m in reversed(methods)], ylim=(-.6, len(methods) - .4))
                 if ax in axes[0]: ax.set_title(label, fontsize=7.5)

@@ -4,17 +4,16 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METHODS', 'CLAIMS', 'grid', 'collect', 'store', 'publish', 'published', 'reported', 'over_seeds', 'final',
-           'summary', 'markdown', 'difference', 'verdict', 'claims', 'complete', 'provenance', 'claims_markdown',
-           'one_run']
+           'summary', 'markdown', 'difference', 'verdict', 'claims', 'provenance', 'claims_markdown', 'one_run']
 
 # %% ../nbs/14_results.ipynb #cell002
 from dataclasses import replace
 import pandas as pd
-from . import data, paths
+from . import paths
 from .metrics import spread
 from .paths import ProjectError
 from .runs import COLUMNS, Run, read, read_table
-from .settings import Settings, params
+from .settings import Settings
 
 # %% ../nbs/14_results.ipynb #cell005
 def grid(
@@ -178,12 +177,6 @@ def claims(
         except ProjectError: continue # not measured, or with a single seed
         rows.append({"claim": text, "difference": mean, "low": low, "high": high, "verdict": verdict(low, high, sign)})
     return pd.DataFrame(rows, columns=["claim", "difference", "low", "high", "verdict"])
-
-# %% ../nbs/14_results.ipynb #ff8b3c8c
-def complete() -> dict: # name of a data set -> (tidy results, `Settings`)
-    "The data sets whose published results at the cpu scale have all methods, each with two seeds or more."
-    found = {name: (read_table(file), params(name)) for name in data.names if (file := paths.published()/f"{name}-cpu.csv").exists()}
-    return {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(METHODS, fill_value=0) > 1).all()}
 
 # %% ../nbs/14_results.ipynb #cell028
 def provenance(
