@@ -183,7 +183,7 @@ class State:
             self.adam.zero_grad()
             value.backward()
         self.adam.step()
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - ema_decay(seen, len(x), r.ema_halflife_images))
+        with torch.no_grad(): torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 1 - ema_decay(seen, len(x), r.ema_halflife_images))
         self.total += value.detach()
         self.counted += 1
         self.steps += 1
