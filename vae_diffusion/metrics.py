@@ -270,13 +270,14 @@ def ascend(vae, x, eps, steps, lr, delta, pixels): # frozen VAE; images [m,...] 
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
     plateau = Plateau(lr, kl)
     for i in range(steps + 1):
-        x_i = (x + eps).clamp(*pixels).requires_grad_()
+        x_i = (x + eps).clamp_(*pixels).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
         slope, = torch.autograd.grad(value.sum(), x_i)
         value, x_i = value.detach(), x_i.detach()
         better = (value > kl) & (i > 0)
-        kl, best = torch.where(better, value, kl), torch.where(better.view(-1, 1, 1, 1), x_i, best)
-        eps = (x_i - x + plateau.rate.to(x).view(-1, 1, 1, 1)*slope).clamp(-delta, delta)
+        kl = torch.where(better, value, kl)
+        torch.where(better.view(-1, 1, 1, 1), x_i, best, out=best)
+        eps = x_i.sub_(x).addcmul_(plateau.rate.to(x).view(-1, 1, 1, 1), slope).clamp_(-delta, delta) # in place: memory decides
         plateau.step(-value)
     return best
 
