@@ -14,12 +14,14 @@ needs_data = pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-@pytest.mark.parametrize("bf16", [False, True])
-def test_compiled_training_gives_the_plain_numbers(bf16):
+@pytest.mark.parametrize("bf16, build", [
+    (False, lambda shape: models.fully_connected(shape, family("binomial", levels=17), (64, 64), 4)), (True, lambda shape: models.fully_connected(shape, family("binomial", levels=17), (64, 64), 4)),
+    (False, lambda shape: models.residual(shape, family("mol", levels=17), 8))], ids=["fully connected", "bfloat16", "residual"])
+def test_compiled_training_gives_the_plain_numbers(bf16, build):
     digits, losses, elbos = data.load("digits"), [], []
     for fast in False, True:
         torch.manual_seed(0)
-        vae = models.fully_connected(digits.shape, family("binomial", levels=17), (64, 64), 4)
+        vae = build(digits.shape)
         vae.autocast = torch.bfloat16 if fast and bf16 else None
         curve = training.fit(vae, training.source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
         losses.append(curve[-1]["loss"])

@@ -65,7 +65,7 @@ class Settings:
     batch: int=100 # images a step
     lr: float=0.001 # Adam's step size
     bf16: bool=False # networks in bfloat16, likelihoods in float32 either way
-    compile: bool=False # fully connected: one compiled function a training step, half a minute at the start
+    compile: bool=False # one compiled function a training step, half a minute at the start
     evaluate_at: tuple=(1,) # effective epochs at which the ELBOs are measured; the last always is
     gaps_at: tuple=() # effective epochs at which the amortization gap is measured; at the last all gaps are
     elbo_samples: int=1 # latent samples per image in these measurements
@@ -118,7 +118,6 @@ def _together(s):
         (side % 2**halvings, f"dm_widths has {len(s.dm_widths)} entries, but images of {s.dataset}, {side} pixels wide, cannot be halved {halvings} times: give fewer"),
         (s.dm_sigma_min >= s.dm_sigma_max, "dm_sigma_min must be below dm_sigma_max"),
         (s.net == "residual" and s.side % 4, f"side is {s.side}, but the residual network quarters it: choose a multiple of 4"),
-        ((s.net == "residual" or s.normalisation == "batch") and s.compile, "compile must be false for a network with BatchNorm, which one compiled step does not keep"),
         (s.likelihood == "bernoulli" and s.dataset != "binary_mnist", f"likelihood is bernoulli, for images of two levels, but dataset is {s.dataset}: choose another"),
         (s.star_samples % 2, f"star_samples is {s.star_samples}, but latent samples come in antithetic pairs: choose an even number")]:
         if wrong: raise ProjectError(message)

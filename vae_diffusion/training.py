@@ -159,6 +159,7 @@ class Adam:
 def whole_step(
     vae, # `models.VAE`
     params: dict, # its parameters by name, detached; changed in place
+    buffers: dict, # its buffers by name, BatchNorm's statistics; changed in place
     opt: Adam, # of these parameters; its moments are changed in place
     rates: tuple, # scalar tensors: step size over 1−β₁ᵗ, and 1−β₂ᵗ
     levels: int, # number of levels of a pixel
@@ -166,7 +167,11 @@ def whole_step(
     e: torch.Tensor, # [1,n,L,...] standard normal
 ) -> torch.Tensor: # the loss before the step, nats per image
     "One step of Adam on the ELBO, to be compiled."
-    grads, loss = grad_and_value(lambda p: -functional_call(vae, p, (to_unit(x, levels),), {"e": e}).mean())(params)
+    def negative_elbo(p):
+        b = {n: t.clone() for n, t in buffers.items()} # functions that are differentiated may change only what they made
+        return -functional_call(vae, (p, b), (to_unit(x, levels),), {"e": e}).mean(), b
+    grads, (loss, b) = grad_and_value(negative_elbo, has_aux=True)(params)
+    for n, t in buffers.items(): t.copy_(b[n])
     for p, g, m, v in zip(params.values(), grads.values(), opt.m, opt.v):
         m.lerp_(g, 0.1)
         v.mul_(0.999).addcmul_(g, g, value=0.001)
@@ -224,11 +229,11 @@ def stepper(vae, opt, levels, compile): # as in `whole_step` and `fit`
             opt.step()
             return loss
         return step
-    if [*vae.buffers()]: raise ProjectError("a network with BatchNorm cannot be trained by one compiled function: set compile to false")
-    params = {n: p.detach() for n, p in vae.named_parameters()}
-    for t in (*params.values(), *opt.m, *opt.v): torch._dynamo.mark_static_address(t) # CUDA graphs change them in place
-    run = torch.compile(whole_step, mode="reduce-overhead" if t.is_cuda else None)
-    return lambda x, e: run(vae, params, opt, opt.next(), levels, x, e)
+    params, buffers = {n: p.detach() for n, p in vae.named_parameters()}, dict(vae.named_buffers())
+    for t in (*params.values(), *buffers.values(), *opt.m, *opt.v): torch._dynamo.mark_static_address(t) # CUDA graphs change them in place
+    how = {"mode": "reduce-overhead"} if t.is_cuda else {"options": {"layout_optimization": False}} # channels last is slower on CPUs
+    run = torch.compile(whole_step, **how)
+    return lambda x, e: run(vae, params, buffers, opt, opt.next(), levels, x, e)
 
 # %% ../nbs/08_training.ipynb #cell036
 def fit(
@@ -246,7 +251,7 @@ def fit(
     folder=None, # where they and `checkpoint.safetensors` are kept; without it nothing is
     every: float=15., # seconds between checkpoints; each evaluation makes one too
     run: str="", # what run this is
-    compile: bool=False, # one compiled function a step: 10 to 30 seconds at the start, then faster
+    compile: bool=False, # one compiled function a step: 10 to 40 seconds at the start, then faster
     progress: bool=True, # show a progress bar
 ) -> Fit:
     "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint."
