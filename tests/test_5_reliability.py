@@ -453,4 +453,4 @@ def test_a_long_workflow_leaves_nothing_behind(tmp_path, tries, record):
     (early, opened), (late, left) = (map(max, zip(*part)) for part in (seen[len(seen) // 5:len(seen) * 2 // 5], seen[-len(seen) // 5:]))
     assert finished > seconds / 10 and left <= opened + 5 and late - early < 100, (finished, early, late, opened, left)
     record(f"{seconds // 60} minutes of runs in one workflow", finished, f"memory grew by {late - early:.0f} MB, 100 allowed; no more open files")
-    assert make.wait(900)  # it makes the report of all these runs first
+    assert make.wait(300)  # it may make the report of all these runs first
