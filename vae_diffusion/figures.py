@@ -205,7 +205,7 @@ def from_results(
     "The figures that results alone decide."
     where, paper = f"{s.dataset}, {s.scale} scale", reported(s)
     beside = f"; epoch {s.epochs}, ◇ the paper's epoch {paper.epoch.max()}" if len(paper) else ""
-    figs = {"gaps": gaps(table, s.k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper), "curves": curves(table, s.k, where + ("; ◇ the paper" if beside else ""), paper)}
+    figs = {"gaps": gaps(table, s.k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper), "curves": curves(table, s.k, where + ("; ◇ the paper" if len(paper) and (paper.epoch <= s.epochs).any() else ""), paper)}
     return figs | ({"against_k": against_k(table, where)} if table.k.nunique() > 1 else {})
 
 # %% ../nbs/15_figures.ipynb #cell029
