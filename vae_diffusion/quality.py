@@ -111,13 +111,13 @@ def figure(
     "Bound on log p, two-sample test and reference ELBO while a diffusion model learns, and distances to the nearest training image at the end."
     curve = lambda metric, t=table: t[(t.metric == metric) & t.epoch.notna()].sort_values("epoch")
     real = lambda metric: table[(table.metric == metric) & table.epoch.isna()].iloc[0]
-    ways = dict(zip(table[table.metric == "two_sample_sample"].variant.unique(), ("#CC79A7", COLORS["dmaapx"])))
+    found = table[table.metric == "two_sample_sample"].variant.unique() # at most three
+    ways = dict(zip(found, [*("#CC79A7", "#E69F00")[:len(found) - 1], COLORS["dmaapx"]], strict=True))
     with mpl.rc_context(STYLE):
         fig, (bound, told, elbo, near) = plt.subplots(1, 4, figsize=(8.4, 2.5), layout="constrained")
-        for part, style, color in (("train", "--", REAL), ("test", "-", REAL)):
-            t = curve(f"bound_{part}")
-            bound.plot(t.epoch, t.value, style, color=color)
-        bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(t.value.iloc[len(t)//8] , None))
+        bounds = {style: curve(f"bound_{part}") for part, style in (("train", "--"), ("test", "-"))}
+        for style, t in bounds.items(): bound.plot(t.epoch, t.value, style, color=REAL)
+        bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(min(t.value.iloc[len(t)//8] for t in bounds.values()), None))
         for ax, metric, names in ((told, "two_sample", ["test"]), (elbo, "reference_elbo", ["train", "test"])):
             for way, color in ways.items():
                 t = curve(f"{metric}_sample", table[table.variant == way])
@@ -132,9 +132,9 @@ def figure(
         near.plot([real(f"nearest_train_test_q{q:02d}").value for q in QUANTILES], share, color=REAL)
         for way, color in ways.items():
             near.plot([curve(f"nearest_train_sample_q{q:02d}", table[table.variant == way]).value.iloc[-1] for q in QUANTILES], share, color=color)
-        near.set(title="to the nearest training image", xlabel="distance, pixels in [0,1]", ylabel="share of images below")
+        near.set(title="nearest training image", xlabel="distance, pixels in [0,1]", ylabel="share of images below")
         for ax in (bound, told, elbo): ax.set(xlabel="effective epochs seen", xlim=(0, None))
-        fig.legend(*elbo.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        fig.legend(*elbo.get_legend_handles_labels(), loc="outside lower center", ncols=5, columnspacing=1, frameon=False)
         if title: fig.suptitle(title, fontsize=9)
     return fig
 
