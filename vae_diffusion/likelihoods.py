@@ -160,9 +160,10 @@ class Family:
     channels: int # C, of the image
     levels: int # number of levels of a pixel
     sigma: float # of the Gaussian, in the unit of 2x−1
+    components: int # K, of the mixture of logistics
     @property
     def n_out(self): # channels of the decoder's output
-        return mol_outputs(self.channels) if self.name == "mol" else self.channels
+        return mol_outputs(self.channels, self.components) if self.name == "mol" else self.channels
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32
@@ -173,7 +174,7 @@ class Family:
             case "bernoulli": return Bernoulli(raw)
             case "binomial": return Binomial(raw, self.levels)
             case "gaussian": return Gaussian(raw, self.sigma)
-            case "mol": return MixtureOfLogistics(raw, self.channels, self.levels)
+            case "mol": return MixtureOfLogistics(raw, self.channels, self.levels, self.components)
 
 # %% ../nbs/02_likelihoods.ipynb #cell056
 def family(
@@ -181,9 +182,10 @@ def family(
     channels: int=1, # C, of the image
     levels: int=2, # number of levels of a pixel
     sigma: float=0.1, # of the Gaussian, in the unit of 2x−1
+    components: int=10, # K, of the mixture of logistics
 ) -> Family:
     "A family by name. Raises `ProjectError` if there is none of that name, or if it does not fit the levels."
     if name not in names: raise ProjectError(f"no likelihood is named {name!r}. Choose one of {', '.join(names)}.")
     if name == "bernoulli" and levels != 2:
         raise ProjectError(f"bernoulli has 2 levels, and the data {levels}. Choose one of {', '.join(names[1:])}.")
-    return Family(name, channels, levels, sigma)
+    return Family(name, channels, levels, sigma, components)

@@ -29,7 +29,7 @@ GROUPS = {g: [f.name for f in fields(Settings) if f.name.startswith(p)] for g, p
 GROUPS["bank"] = ["solver", "steps", "bank_bf16", "bank_seed"]
 GROUPS["train_vae"] = ["net", "side", "likelihood", "epochs", "batch", "lr", "bf16", "compile", "evaluate_at", "elbo_samples"]
 GROUPS["report"] = ["methods", "seeds", "ks", "k"]
-ONLY = {"fully_connected": ["hidden", "latent"], "residual": ["nc", "mz"], "gaussian": ["sigma"]}
+ONLY = {"fully_connected": ["hidden", "latent"], "residual": ["nc", "mz"], "gaussian": ["sigma"], "mol": ["components"]}
 
 def reference(s: Settings) -> Settings: # of its training
     "The VAE, trained on real images for a few epochs, that judges samples."
@@ -203,7 +203,7 @@ def vae_of(
     dataset: data.Dataset, # from `dataset_of`
 ) -> models.VAE:
     "The VAE with its initial weights, on the device."
-    lik = family(s.likelihood, channels=dataset.shape[0], levels=dataset.levels, sigma=s.sigma)
+    lik = family(s.likelihood, channels=dataset.shape[0], levels=dataset.levels, sigma=s.sigma, components=s.components)
     with torch.random.fork_rng():
         torch.manual_seed(paths.seed_of("init", s.seed))
         if s.net == "residual": vae = models.residual(dataset.shape, lik, s.nc, s.mz)

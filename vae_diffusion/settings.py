@@ -61,6 +61,7 @@ class Settings:
     side: int=8 # images are zero-padded to this side
     likelihood: str="binomial" # of a pixel
     sigma: float=0.1 # Gaussian likelihood: standard deviation, in units of the range [-1,1]
+    components: int=10 # mixture of logistics: its components
     epochs: int=2 # effective epochs of |D_train| images
     batch: int=100 # images a step
     lr: float=0.001 # Adam's step size
@@ -93,7 +94,7 @@ CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": 
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000), "steps": (2, 10_000), "dm_images": (1, 10**10), "dm_ema": (1, 10**10), "dm_snapshots": (1, 30), "dm_layers": (1, 32)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")} | {
-          s: (1, 2**16) for s in ("dm_widths", "hidden", "latent", "nc", "mz")}
+          s: (1, 2**16) for s in ("dm_widths", "hidden", "latent", "nc", "mz")} | {"components": (1, 1000)}
 IMAGE_SIDE = {"digits": 8, "binary_mnist": 28, "fashion_mnist": 28, "cifar10": 32} # pixels
 
 def _checked(name, value, kind):
