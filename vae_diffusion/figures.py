@@ -147,7 +147,7 @@ def against_k(
 ):
     "Test ELBO of dmaapx after the last epoch against the size of the bank, with 95 % t intervals over seeds."
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(3.5, 2.4), layout="constrained")
+        fig, ax = plt.subplots(figsize=(4.2, 2.4), layout="constrained")
         for metric, label, style, side in (("elbo_test", "Normal, last epoch", "-", "top"), ("elbo_test_best", "Normal, best epoch", ":", "bottom")):
             t = final(table, metric)
             values = t[t.method == "normal"].value
@@ -155,14 +155,14 @@ def against_k(
             mean, low, high = over_seeds(values)
             ax.axhline(mean, color=COLORS["normal"], ls=style, lw=1)
             ax.axhspan(low, high, color=COLORS["normal"], alpha=.10, lw=0)
-            ax.annotate(label, (.99, mean), xycoords=("axes fraction", "data"), xytext=(0, -2 if side == "top" else 2), textcoords="offset points", ha="right", va=side, color=COLORS["normal"], fontsize=7)
+            ax.annotate(label, (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 1 if side == "top" else -1), textcoords="offset points", va=side, color=COLORS["normal"], fontsize=7)
         t = final(table, "elbo_test")
         by_k = t[t.method == "dmaapx"].groupby("k").value
         mean, low, high = np.array([over_seeds(v) for _, v in by_k]).T
         ks = np.array(list(by_k.groups))
         for k, v in by_k: ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
         ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
-        ax.annotate("DMaaPx", (ks[-1], mean[-1]), xytext=(-4, 6), textcoords="offset points", ha="right", color=COLORS["dmaapx"], fontsize=7)
+        ax.annotate("DMaaPx", (ks[-2:].prod()**.5, mean[-2:].mean()), xytext=(0, -4), textcoords="offset points", ha="center", va="top", color=COLORS["dmaapx"], fontsize=7)
         ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image", title=title)
         ax.set_xticks(ks, [f"{k:g}" for k in ks])
         ax.minorticks_off()
