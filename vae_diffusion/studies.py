@@ -114,11 +114,11 @@ def published(
 
 # %% ../nbs/19_studies.ipynb #24f8a322
 def complete() -> dict: # name -> (tidy results, `Settings`)
-    "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method has two seeds or more."
+    "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method has three seeds or more, as in the paper."
     found = {name: (read_table(file), params(name)) for name in data.names if (file := paths.published()/f"{name}-cpu.csv").exists()}
     for s in map(study, files()):
         if s.scale != "cpu" or set(s.grid.get("method", [])) != set(METHODS) or "seed" not in s.grid or not (paths.published()/f"{s.name}.csv").exists(): continue
         t = published(s.name)
         found |= {f"{s.dataset}, {label}": (t[t.variant == label], changed(params(s.dataset), change | {"seeds": s.grid["seed"]})) for label, change in s.variants.items()}
-    found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(METHODS, fill_value=0) > 1).all()}
+    found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(METHODS, fill_value=0) > 2).all()}
     return dict(sorted(found.items(), key=lambda item: data.names.index(item[1][1].dataset)))
