@@ -51,7 +51,7 @@ weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
 
 readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --stdout --TagRemovePreprocessor.enabled True \
-	  --TagRemovePreprocessor.remove_input_tags hide nbs/index.ipynb | sed 's#](\.\./#](#g' > $(README).new && mv $(README).new $(README)
+	  --TagRemovePreprocessor.remove_input_tags hide nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > $(README).new && mv $(README).new $(README)
 
 clean:  ## removes the environment and all runs
 	rm -rf .venv runs .snakemake build *.egg-info
