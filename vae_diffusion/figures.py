@@ -7,6 +7,7 @@ __all__ = ['COLORS', 'STYLE', 'PANELS', 'BETTER', 'OVERVIEW', 'save', 'curves', 
            'forest', 'from_results', 'convergence', 'rows', 'nearest']
 
 # %% ../nbs/15_figures.ipynb #cell002
+import textwrap
 from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -191,8 +192,9 @@ def forest(
                     if paper is not None and metric in paper.index: ax.plot(paper.loc[metric, method] - paper.loc[metric, "normal"], y, "D", ms=3.5, mfc="none", mec=COLORS[method], mew=.8)
                 ax.axvline(0, color=COLORS["normal"], lw=.8, zorder=0)
                 ax.set(yticks=range(len(methods)), yticklabels=[METHODS[m] for m in reversed(methods)], ylim=(-.6, len(methods) - .4))
+                ax.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
                 if ax in axes[0]: ax.set_title(label, fontsize=7.5)
-            row[0].set_ylabel(name)
+            row[0].set_ylabel(textwrap.fill(name, 15))
         fig.supxlabel("difference to normal training", fontsize=8)
         if title: fig.suptitle(title, fontsize=9)
     return fig
