@@ -35,11 +35,11 @@ def classifier(
     classes: int=2, # two have one logit between them
 ) -> nn.Module: # [n,channels,H,W] -> [n], or [n,classes] if there are more than two
     "A small residual network for images of at least 4×4 pixels (He et al. 2016)."
-    last = [nn.Linear(2*width, 1), nn.Flatten(0)] if classes == 2 else [nn.Linear(2*width, classes)]
     return nn.Sequential(
         nn.Conv2d(channels, width, 5, padding=2), Block(width), nn.MaxPool2d(2),
         nn.Conv2d(width, 2*width, 1), Block(2*width), nn.MaxPool2d(2), Block(2*width), nn.BatchNorm2d(2*width), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(1), *last)
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(1),
+        *([nn.Linear(2*width, 1), nn.Flatten(0)] if classes == 2 else [nn.Linear(2*width, classes)]))
 
 def run(
     net: nn.Module, # a part of a classifier
