@@ -84,7 +84,7 @@ def variants(
                 t = v[v.metric == metric].groupby("epoch").value.mean()
                 ax.plot(t.index, t, style, color=f"C{i}", label=name if style == "-" else None)
         p = paper[(paper.method == method) & (paper.epoch <= last) & paper.metric.isin(["elbo_train", "elbo_test"])]
-        ax.plot(p.epoch, p.value, "D", ms=5, mfc="none", mec="black", label="the paper", zorder=3)
+        if len(p): ax.plot(p.epoch, p.value, "D", ms=5, mfc="none", mec="black", label="the paper", zorder=3)
         late = table[table.metric.isin(["elbo_train", "elbo_test"]) & (table.epoch >= last/5)].value
         ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image", title=title, xlim=(0, last*1.03), ylim=(late.min() - 1, None))
         ax.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5))

@@ -78,7 +78,7 @@ def collect(
 def _where(t): return f"{t.dataset[0]}, {t.scale[0]} scale"
 FIGURES = { # of the studies that have one, by the end of the name
     "samplers": samplers.figure,
-    "recipes": lambda t: quality.recipes(t, f"{_where(t)}: recipes, by ln σ in training and step size"),
+    "recipes": lambda t: quality.recipes(t, f"{_where(t)}: recipes for the diffusion model"),
     **dict.fromkeys(("normal", "networks"), lambda t: variants(t, reported(params(t.dataset[0], t.scale[0])), f"{_where(t)}: normal training (dashed: training images)")),
     "diffusion": lambda t: quality.figure(t, f"{_where(t)}: while the diffusion model learns")}
 
