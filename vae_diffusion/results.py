@@ -186,7 +186,9 @@ def provenance(
     "One line below a table: what was run, on what, and for how long."
     hours = table.drop_duplicates("config").seconds.sum()/3600
     time = f"{hours:.1f} hours" if hours >= 1 else f"{60*hours:.0f} minutes"
-    return (f"Scale `{s.scale}`: {s.epochs} effective epochs, seeds {', '.join(map(str, s.seeds))}, DMaaPx with k = {s.k}. "
+    seeds = sorted(table.seed.dropna().unique())
+    done = [f"seed{'s'*(len(seeds) > 1)} {', '.join(f'{i:g}' for i in seeds)}"] + [f"DMaaPx with k = {s.k}"]*("dmaapx" in set(table.method))
+    return (f"Scale `{s.scale}`: {s.epochs} effective epochs, {', '.join(done)}. "
             f"{table.config.nunique()} runs, {time} of computing in all, each on {' and '.join(sorted(table.hardware.unique()))}.")
 
 def claims_markdown(
