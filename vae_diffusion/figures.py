@@ -138,6 +138,7 @@ def gaps(
             ax.set_title(BETTER[metric], fontsize=6.5, color="0.4")
             ax.grid(axis="x", lw=.3, color="0.85")
             ax.set_axisbelow(True)
+            if max(map(abs, ax.get_xlim())) >= 1e4: ax.locator_params(axis="x", nbins=3) # long numbers
         if title: fig.suptitle(title, fontsize=9)
     return fig
 
