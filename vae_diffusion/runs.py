@@ -52,7 +52,8 @@ def config(
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
         own |= {"method": s.method, "seed": s.seed} | {k: getattr(s, k) for name in (s.net, s.likelihood) for k in ONLY.get(name, [])}
-        own |= {k: getattr(s, k) for k in ("activation", "normalisation") if s.net == "fully_connected" and getattr(s, k) != getattr(Settings, k)} # left out where they are the usual ones
+        rare = ["lr_decay"] + ["activation", "normalisation"]*(s.net == "fully_connected")
+        own |= {k: getattr(s, k) for k in rare if getattr(s, k) != getattr(Settings, k)} # left out where they are the usual ones
         if kept := [e for e in s.gaps_at if e < s.epochs]: own["gaps_at"] = kept # their weights are stored
         if s.method == "dmaapx": own |= {"k": s.k, "bank": config("bank", s)}
     if stage == "measure_diffusion": own |= {"bank": config("bank", s), "vae": config("train_vae", reference(s))}

@@ -64,7 +64,8 @@ class Settings:
     components: int=10 # mixture of logistics: its components
     epochs: int=2 # effective epochs of |D_train| images
     batch: int=100 # images a step
-    lr: float=0.001 # Adam's step size
+    lr: float=0.001 # Adam's step size, at the start if it falls
+    lr_decay: bool=False # it falls linearly to 0 at the last epoch
     bf16: bool=False # networks in bfloat16, likelihoods in float32 either way
     compile: bool=False # one compiled function a training step, half a minute at the start
     evaluate_at: tuple=(1,) # effective epochs at which the ELBOs are measured; the last always is

@@ -243,7 +243,7 @@ def fit(
     levels: int, # number of levels of a pixel
     epochs: int, # effective epochs
     batch: int=100, # images a step
-    lr: float=1e-3, # Adam's step size
+    lr: float=1e-3, # Adam's step size, at the start if it falls
     seed: int=0, # of the latent noise
     evaluate=None, # vae -> dict of numbers; `elbo_test` among them decides the best epoch
     at=(), # epochs at which to evaluate; the last one always is
@@ -252,6 +252,7 @@ def fit(
     every: float=15., # seconds between checkpoints; each evaluation makes one too
     run: str="", # what run this is
     compile: bool=False, # one compiled function a step: 10 to 40 seconds at the start, then faster
+    decay: bool=False, # the step size falls linearly to 0 at the last step
     progress: bool=True, # show a progress bar
 ) -> Fit:
     "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint."
@@ -271,6 +272,7 @@ def fit(
                 if held != i: pairs, held = block(vae, source, i, batch, seed, device), i
                 with products("medium"):
                     for x, e in pairs[first:first + done(epoch) - state.step]:
+                        if decay: opt.lr = lr*(1 - (state.step + len(losses))/done(epochs))
                         losses.append(step(x, e).detach().clone()) # a clone, for CUDA graphs use its memory again
                 state.step += len(losses)
                 state.losses += _check(losses, state.step, N, batch)
