@@ -90,6 +90,15 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
 
 
+@pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if "/bench-" not in f])
+def test_published_results_belong_to_the_parameters(csv):
+    from vae_diffusion import results, settings, studies
+    name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
+    grid = [r for _, r in studies.study(name).runs()] if "variant" in table else results.grid(settings.params(*name.rsplit("-", 1)))
+    stale = set(table.config) - {r.digest for r in grid}
+    assert not stale, f"{csv} holds runs of other parameters than {name} has now: {stale}"
+
+
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
     from vae_diffusion import figures, studies
     figures.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
