@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROWTH', 'SPEED', 'ELBO', 'COST', 'RIVALS', 'UNITS', 'NAMES', 'Memory', 'once', 'alternate', 'flops', 'timed',
-           'product', 'mnist', 'cost', 'train_ours', 'pythae_trainer', 'train_pythae', 'final_elbo', 'train_residual',
-           'network', 'gflop_of', 'sample_ours', 'sample_ddim', 'sample_euler', 'fresh', 'attack_ours', 'attack_loop',
-           'star', 'similarity', 'Static', 'growth', 'machine', 'drawn', 'main', 'summary', 'markdown', 'projection',
-           'speed_figure', 'growth_figure']
+           'product', 'mnist', 'cost', 'long', 'train_ours', 'pythae_trainer', 'train_pythae', 'final_elbo',
+           'train_residual', 'network', 'gflop_of', 'sample_ours', 'sample_ddim', 'sample_euler', 'fresh',
+           'attack_ours', 'attack_loop', 'star', 'similarity', 'Static', 'growth', 'machine', 'drawn', 'main',
+           'summary', 'markdown', 'projection', 'speed_figure', 'growth_figure']
 
 # %% ../nbs/17_bench.ipynb #cell002
 import os, re, shutil, tempfile, threading, time
@@ -62,10 +62,10 @@ def alternate(
     progress: bool=True, # show a progress bar
 ) -> pd.DataFrame: # one row a case and repetition, as `once`
     "Runs all cases in turn, `repetitions` times, each in a process of its own. A case whose package is missing is left out with a word."
-    context, rows = get_context("forkserver"), []
+    context, rows = get_context("spawn" if torch.cuda.is_available() else "forkserver"), [] # CUDA cannot be started in a fork
     if file and Path(file).exists(): rows = pd.read_csv(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
     seen = {(r["benchmark"], r["case"], r["x"], r["repetition"]) for r in rows}
-    context.set_forkserver_preload(["vae_diffusion.bench"])
+    if context.get_start_method() == "forkserver": context.set_forkserver_preload(["vae_diffusion.bench"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool, tqdm(total=len(cases)*repetitions, disable=not progress) as bar:
         for i in range(repetitions):
             for (benchmark, case, x), (f, arguments) in cases.items():
@@ -100,10 +100,11 @@ def timed(
 
 def product(
     dtype: str, # float32 or bfloat16
-    size: int=2048, # of the square matrices
+    size: int=0, # of the square matrices; 0: 2048, and 8192 on a GPU, where starting it takes time too
     seconds: float=1., # how long
 ): # of one product
     "Matrix products: the peak that other cases are compared with."
+    size = size or (8192 if torch.cuda.is_available() else 2048)
     a = torch.randn(size, size, device=runs.device()).to(getattr(torch, dtype))
     with models.products("medium"): return *timed(lambda: a @ a, seconds), 2*size**3/1e9
 
@@ -114,14 +115,17 @@ def mnist(n): # -> `data.Dataset`, n images for training, padded to 32×32
 def cost(vae, x): # gigaflops an image, forward and backward
     return flops(lambda: vae.elbo(x).sum().backward())/len(x)
 
+def long(n): # so much work that it can be timed: 25 times as much on a GPU
+    return 25*n if torch.cuda.is_available() else n
+
 def train_ours(bf16=False, compile=False, n=20_000, epochs=2, batch=100):
     "Our loop."
     images = mnist(n).to(runs.device())
     vae = models.fully_connected(images.shape, family("bernoulli")).to(runs.device())
     gflop = cost(vae, data.to_unit(images.train[:10], 2))
     vae.autocast = torch.bfloat16 if bf16 else None
-    curve = training.fit(vae, training.source("normal", images, 0), n, 2, epochs + 1, batch, 5e-4, at=[1], compile=compile, progress=False).curve
-    return epochs*n, curve[-1]["seconds"] - curve[0]["seconds"], gflop
+    curve = training.fit(vae, training.source("normal", images, 0), n, 2, long(epochs) + 1, batch, 5e-4, at=[1], compile=compile, progress=False).curve
+    return long(epochs)*n, curve[-1]["seconds"] - curve[0]["seconds"], gflop
 
 # %% ../nbs/17_bench.ipynb #cell013
 def pythae_trainer(vae, images, epochs, batch, seed): # -> pythae's trainer of these networks
@@ -174,12 +178,13 @@ def final_elbo(way, seed, epochs=5, n=0): # -> mean test ELBO in nats as amount,
     return metrics.elbo(vae.to(runs.device()), images.test, 2).mean().item(), 1, None
 
 # %% ../nbs/17_bench.ipynb #cell017
-def train_residual(n=400, nc=256, batch=100):
+def train_residual(compile=False, n=400, nc=256, batch=100):
     "The residual VAE with a mixture of logistics on random images of CIFAR-10's shape, in bfloat16."
+    n = long(n)
     images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=paths.generator("bench")).to(runs.device())
     vae = runs.vae_of(runs.Settings(net="residual", nc=nc, likelihood="mol", dataset="cifar10", bf16=True), data.Dataset("cifar10", 256, images, images, *2*[torch.zeros(n, dtype=torch.int64)]))
     gflop = cost(vae, data.to_unit(images[:2], 256))
-    curve = training.fit(vae, training.Repeat(images, 0), n, 256, 2, batch, 1e-4, at=[1], progress=False).curve
+    curve = training.fit(vae, training.Repeat(images, 0), n, 256, 2, batch, 1e-4, at=[1], compile=compile, progress=False).curve
     return n, curve[-1]["seconds"] - curve[0]["seconds"], gflop
 
 # %% ../nbs/17_bench.ipynb #cell019
@@ -298,6 +303,7 @@ SPEED = {
     ("training", "ours, bfloat16", None): (train_ours, {"bf16": True}),
     ("training", "ours, bfloat16, compiled", None): (train_ours, {"bf16": True, "compile": True}),
     ("training, residual", "ours, bfloat16", None): (train_residual, {}),
+    ("training, residual", "ours, bfloat16, compiled", None): (train_residual, {"compile": True}),
     ("sampling", "DDIMPipeline, 35 evaluations", None): (sample_ddim, {}),
     ("sampling", "EDMEulerScheduler, 35 evaluations", None): (sample_euler, {}),
     ("sampling", "ours, float32, 35 evaluations", None): (sample_ours, {}),
