@@ -30,7 +30,7 @@ def root() -> Path: # the project's root folder
     return checkout if (checkout/"settings.ini").exists() else cache()
 
 # %% ../nbs/00_paths.ipynb #cell008
-def weights() -> Path: # one folder per data set
+def weights() -> Path: # one folder per data set, and per study that publishes a model of its own
     "Published diffusion models, in diffusers' format."
     return root()/"data"/"weights"
 

@@ -265,10 +265,13 @@ def pipeline_of(
     return pipe
 
 # %% ../nbs/13_runs.ipynb #cell020
-def publish_weights(s: Settings): # all parameters
+def publish_weights(
+    s: Settings, # all parameters
+    name: str="", # of the folder in `data/weights`; the data set's if empty
+):
     "Copies the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if it is not trained."
     source = weights_folder(replace(s, weights="trained"))
-    with paths.whole_folder(paths.weights()/s.dataset) as new: shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    with paths.whole_folder(paths.weights()/(name or s.dataset)) as new: shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
 
 # %% ../nbs/13_runs.ipynb #cell023
 def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler

@@ -15,7 +15,7 @@ from . import data, paths, quality, samplers
 from .figures import OVERVIEW, forest, save, variants
 from .paths import ProjectError
 from .results import METHODS, reported, store
-from .runs import COLUMNS, Run, read, read_table
+from .runs import COLUMNS, Run, publish_weights, read, read_table
 from .settings import Settings, params, settings_of
 
 # %% ../nbs/19_studies.ipynb #cell005
@@ -93,14 +93,16 @@ def figure(
 def publish(
     s: Study, # whose runs are done
 ):
-    "Stores the results of a study and its figure as the published ones, and if it trains one diffusion model, the pictures of its samples."
+    "Stores the results of a study and its figure as the published ones, and if it trains one diffusion model, the pictures of its samples, and the model itself if it is another than the data set's."
     results = collect(s)
     store(results, paths.published()/f"{s.name}.csv")
     folder = paths.figures()/f"{s.dataset}-{s.scale}"
     for name, drawn in figure(results, s.name).items(): save(drawn, folder, name)
     save(forest(complete(), OVERVIEW), paths.figures(), "overview")
     runs = [run for _, run in s.runs()]
-    if sum(run.stage == "train_diffusion" for run in runs) != 1: return
+    trained = [run for run in runs if run.stage == "train_diffusion"]
+    if len(trained) != 1: return
+    if trained[0].digest != Run("train_diffusion", params(s.dataset, s.scale)).digest: publish_weights(trained[0].settings, s.name)
     for file in [f for run in runs for f in (run.folder/"figures").glob("*")]:
         with paths.whole(folder/file.name) as tmp: shutil.copyfile(file, tmp)
 
