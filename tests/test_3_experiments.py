@@ -1,5 +1,6 @@
 "The experiments, at smoke scale: alone, through the workflow, killed, and with bad parameters."
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -24,9 +25,14 @@ def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
     assert table[table.metric == "amortization_gap"].epoch.tolist() == [1, 2] and set(table[table.metric == "iwae_test"].epoch) == {2}
 
 
-def test_trained_weights_feed_the_bank(smoke, tmp_path):
-    papermill("sample_bank", tmp_path, ("weights", "trained"))
-    assert list((smoke / "digits-smoke").glob("train_diffusion-*/pipeline/model_index.json"))
+def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
+    from vae_diffusion import paths, sampling, studies
+    papermill("sample_bank", tmp_path, ("weights", "trained"), ("dm_images", "1000"))
+    shutil.copytree(paths.published(), tmp_path / "results")
+    for place, folder in {"published": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
+    studies.publish(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
+    assert sampling.load_pipeline(tmp_path / "weights/digits-toy").shape == (1, 8, 8)
+    assert set(studies.published("digits-toy").method) == {"train_diffusion", "sample_bank"} and not (tmp_path / "weights/digits").exists()
 
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
