@@ -150,7 +150,7 @@ Trained on the training images of `{data}` only, without augmentation, by the `t
 ```python
 from vae_diffusion import paths
 from vae_diffusion.sampling import EDMPipeline
-pipe = EDMPipeline.from_pretrained("{data}") # this folder
+pipe = EDMPipeline.from_pretrained(".") # this folder
 pipe([paths.generator("bank", 0, i) for i in range(8)], output_type="pil").images
 ```
 
