@@ -146,8 +146,9 @@ def gaps(
 def against_k(
     table, # tidy results with several k
     title: str="", # over the figure
+    banks: dict={"dmaapx": "DMaaPx"}, # method in the table -> its label, one a diffusion model
 ):
-    "Test ELBO of dmaapx after the last epoch against the size of the bank, with 95 % t intervals over seeds."
+    "Test ELBO of DMaaPx after the last epoch against the size of the bank, with 95 % t intervals over seeds."
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(4.2, 2.4), layout="constrained")
         for metric, label, style, side in (("elbo_test", "Normal, last epoch", "-", "top"), ("elbo_test_best", "Normal, best epoch", ":", "bottom")):
@@ -159,12 +160,13 @@ def against_k(
             ax.axhspan(low, high, color=COLORS["normal"], alpha=.10, lw=0)
             ax.annotate(label, (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 1 if side == "top" else -1), textcoords="offset points", va=side, color=COLORS["normal"], fontsize=7)
         t = final(table, "elbo_test")
-        by_k = t[t.method == "dmaapx"].groupby("k").value
-        mean, low, high = np.array([over_seeds(v) for _, v in by_k]).T
-        ks = np.array(list(by_k.groups))
-        for k, v in by_k: ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
-        ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
-        ax.annotate("DMaaPx", (ks[-2:].prod()**.5, mean[-2:].mean()), xytext=(0, -4), textcoords="offset points", ha="center", va="top", color=COLORS["dmaapx"], fontsize=7)
+        for (method, label), style in zip(banks.items(), ("-", "--", ":")):
+            by_k = t[t.method == method].groupby("k").value
+            mean, low, high = np.array([over_seeds(v) for _, v in by_k]).T
+            ks = np.array(list(by_k.groups))
+            for k, v in by_k: ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
+            ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], ls=style, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
+            ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1), textcoords="offset points", va="top", color=COLORS["dmaapx"], fontsize=7)
         ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image", title=title)
         ax.set_xticks(ks, [f"{k:g}" for k in ks])
         ax.minorticks_off()
