@@ -5,9 +5,10 @@ CORES ?= 2
 DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
+PAGE ?= nbs/index.ipynb
 PART ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --rerun-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -17,7 +18,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
 	@$(SNAKEMAKE) --forcerun report -- report
-	@cat $${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md
+	@cat "$${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md"
 
 test: $(BIN)/ready  ## everything that CI checks
 	$(BIN)/python -m pytest -q -n 2 tests
@@ -36,7 +37,7 @@ figures: $(BIN)/ready  ## the same, and results and figures become the published
 study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
 	@$(SNAKEMAKE) study=$(STUDY) -- study
 
-bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: data/results/bench-MACHINE.csv, about 20 minutes
+bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: data/results/bench-MACHINE.csv, about 30 minutes
 	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion import bench; bench.main()"
 
 build/bench/ready: $(BIN)/ready
@@ -49,9 +50,11 @@ weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
 	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
 	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
 
-readme: $(BIN)/ready  ## README.md from nbs/index.ipynb
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --stdout --TagRemovePreprocessor.enabled True \
-	  --TagRemovePreprocessor.remove_input_tags hide nbs/index.ipynb | sed 's#](\.\./#](#g' | cat -s > $(README).new && mv $(README).new $(README)
+readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)
+	$(BIN)/nbdev_clean --fname $(PAGE)
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled True \
+	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new && mv $(README).new $(README)
 
 clean:  ## removes the environment and all runs
 	rm -rf .venv runs .snakemake build *.egg-info

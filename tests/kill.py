@@ -27,6 +27,8 @@ GRACE = 5.  # seconds in which a run that is told to stop must have left
 SETTINGS = Settings(weights="trained", method="dmaapx", dm_images=6000, dm_judged=5, n_test=100, epochs=150, evaluate_at=(50, 100),
                     k=3, ks=(3,), seeds=(0,), methods=("dmaapx",), star_images=10, star_steps=100, attack_steps=20, iwae_images=10)
 STAGES = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"
+KEPT = {"train_diffusion": "train_diffusion-*/checkpoint.safetensors", "train_vae": "train_vae-*/checkpoint.safetensors",  # what they go on from
+        "sample_bank": "bank-*/manifest.json", "measure_gaps": "measure_gaps-*/*.json"}
 
 
 def checkpoint_often():
@@ -84,11 +86,9 @@ def content(folder):
 
 
 def lost(stage, folder, started):
-    "Seconds of work that a run that has just been killed does again; 0 if it was not in a loop with checkpoints, or had ended."
-    name = {"train_diffusion": "train_diffusion-*/checkpoint.safetensors", "train_vae": "train_vae-*/checkpoint.safetensors", "sample_bank": "bank-*/manifest.json"}.get(stage)
-    kept = list((folder / "digits-smoke").glob(name)) if name else []
-    if not kept or list((folder / "digits-smoke").glob(f"{stage}-*/metrics.csv")): return 0.
-    return time.time() - max(started, kept[0].stat().st_mtime)
+    "Seconds of work that a run that has just been killed does again; 0 if it had ended, or is one that starts from the beginning."
+    if stage not in KEPT or list((folder / "digits-smoke").glob(f"{stage}-*/metrics.csv")): return 0.
+    return time.time() - max([started, *(f.stat().st_mtime for f in (folder / "digits-smoke").glob(KEPT[stage]))])
 
 
 def kill(stage, before, whole, seconds, i):
@@ -129,7 +129,8 @@ def main(folder, tries, stages):
         if together:
             processes = [start(stage, stored) for _ in range(tries)]
             wrong = [s for p in processes if (s := wait(p, 600))] or (content(stored) != whole and ["results differ"])
-            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "wrong": wrong or []}), flush=True)
+            waited = sum("Another process works in" in log.read_text() for log in stored.glob(f"{stage}-*.log"))
+            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "waited": waited, "wrong": wrong or []}), flush=True)
             continue
         found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
         print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),

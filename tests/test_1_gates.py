@@ -74,8 +74,14 @@ def test_imports_point_one_way():
 
 
 def test_readme_is_made_from_index(tmp_path):
-    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}")
-    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), "README.md, nbs/index.ipynb and data/results disagree: run `make readme`"
+    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}")
+    for made in "README.md", "nbs/index.ipynb":
+        assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
+
+
+def test_studies_page_shows_every_study():
+    text = (ROOT / "nbs/19_studies.ipynb").read_text()
+    for file in tracked("nbs/experiments/studies/*.yaml"): assert f"<th>{file.split('/')[-1].removesuffix('.yaml')}</th>" in text, f"the page does not show {file}: run it again"
 
 
 @pytest.mark.parametrize("csv", tracked("data/results/*.csv"))

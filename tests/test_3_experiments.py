@@ -50,10 +50,17 @@ def test_study_can_be_run(name):
     run("snakemake", "--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study")
 
 
-def test_workflow_resumes_and_reports(smoke):
-    command = "make", "--no-print-directory", "reproduce", "SCALE=smoke"
+def test_workflow_is_interrupted_resumes_and_reports(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    command, folder = ("make", "--no-print-directory", "reproduce", "SCALE=smoke"), tmp_path / "digits-smoke"
+    make = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(folder.glob("*/metrics.csv")): assert make.poll() is None and not time.sleep(.05)
+    os.killpg(make.pid, signal.SIGINT)
+    assert make.wait(60)
+    caught = {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
     assert "| Normal |" in run(*command)
-    folder = smoke / "digits-smoke"
+    assert caught == {f: f.stat().st_mtime_ns for f in caught}, "what was done before the interruption was done again"
+    assert len(caught) < len(list(folder.glob("*/metrics.csv"))), "it was interrupted too late"
     table = pd.read_csv(folder / "results.csv")
     assert {"elbo_train", "elbo_test", "elbo_test_best", "elbo_star_test", "generalization_gap", "amortization_gap", "robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "iwae_test"} <= set(table.metric)
     assert set(table.method) == {"normal", "dmaapx", "sample_bank"} and set(table.k.dropna()) == {1, 2}

@@ -19,7 +19,7 @@ OPS = "hflip vflip translate scale rotate stretch brightness contrast hue satura
 # %% ../nbs/07_augment.ipynb #cell006
 @dataclass(frozen=True)
 class Policy:
-    "How often and how strongly each operation of ADA's pipeline (Karras et al. 2020, appendix B) changes an image. Raises `ValueError`."
+    "How often and how strongly each operation of ADA's pipeline (Karras et al. 2020, appendix B) changes an image. Raises `ValueError` if `b` or `turn` is no probability, or `always` names no operation."
     b: float=0.1 # probability that an operation fires on an image, in [0,1]
     always: tuple=() # names of operations that fire on every image
     hflip: bool=False # mirror left and right, half of the time

@@ -22,8 +22,12 @@ class SampleBank:
     ):
         "Opens a bank. Raises `ProjectError` if its manifest or a shard is missing, truncated or altered."
         self.folder = Path(folder)
-        self.manifest = self._manifest()
-        self.maps = [self._shard(s, verify) for s in self.manifest["shards"]]
+        while True:
+            self.manifest = self._manifest()
+            try: self.maps = [self._shard(s, verify) for s in self.manifest["shards"]]
+            except paths.ProjectError:
+                if self._manifest() == self.manifest: raise # otherwise another process has extended the bank meanwhile
+            else: break
 
     def __len__(self): return self.manifest["count"]
     def __repr__(self): return f"SampleBank({self.folder.name}: {len(self)} images, {self.manifest['identity']})"
@@ -68,7 +72,7 @@ def fill(
     progress: bool=True, # show a progress bar
     **sampler, # further arguments of `pipe`, such as steps=10, solver="multistep"
 ) -> SampleBank: # itself
-    "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin."
+    "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin, `ValueError` if `batch` does not divide `shard`."
     if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
     identity = json.loads(json.dumps(pipe.identity() | {"sampler": sampler, "seed": seed, "batch": batch, "shard": shard}))
     with paths.alone(self.folder), paths.stoppable(at_once=True):

@@ -74,7 +74,8 @@ def alternate(
                 if (benchmark, case, x, i) in seen: continue
                 try: rows.append({"benchmark": benchmark, "case": case, "x": x, "repetition": i} | pool.submit(once, f, threads, arguments).result())
                 except (ImportError, paths.ProjectError) as e: bar.write(f"{benchmark}, {case}: left out ({e})")
-                if file: pd.DataFrame(rows).to_csv(file, index=False)
+                if file and rows:
+                    with paths.whole(file) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
     return pd.DataFrame(rows)
 
 # %% ../nbs/17_bench.ipynb #cell009
@@ -337,7 +338,7 @@ def main(
     repetitions: int=5, # of the speeds; growth has 3, the ELBO its seeds
 ):
     "Measures everything, and writes `data/results/bench-<machine>.csv` and its figures. If it is stopped, the next call goes on."
-    threads, folder = torch.get_num_threads(), paths.runs()/f"bench-{machine()}"
+    threads, folder = torch.get_num_threads(), paths.runs()/f"bench-{machine()}-{threads}-threads"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [alternate(cases, n, threads, folder/f"{name}.csv") for name, cases, n in (("speed", SPEED, repetitions), ("elbo", ELBO, 1), ("growth", COST, 3))]
     table = pd.concat([p.dropna(axis=1, how="all") for p in parts])

@@ -71,9 +71,11 @@ def some(
     n: int, # how many, 0 for all
     what: str="the data set", # for the error message
 ) -> torch.Tensor: # int64 [n], ascending indices
-    "A fixed stratified choice of `n` images. Raises `ProjectError` if there are not so many."
+    "A fixed stratified choice of `n` images. Raises `ProjectError` if there are not so many, or too few to choose or to leave of every class."
     if n in (0, len(labels)): return torch.arange(len(labels))
     if not 0 < n < len(labels): raise ProjectError(f"{what} has {len(labels)} images, not {n}: choose fewer, or 0 for all")
+    classes = len(labels.unique())
+    if not classes <= n <= len(labels) - classes: raise ProjectError(f"{what} has {classes} classes, of which {n} of {len(labels)} images cannot be a choice: choose {classes} to {len(labels) - classes}, or 0 for all")
     from sklearn.model_selection import train_test_split
     return torch.tensor(np.sort(train_test_split(np.arange(len(labels)), train_size=n, stratify=labels, random_state=seed_of("some", n) % 2**32)[0]))
 

@@ -20,20 +20,17 @@ from .data import to_unit
 def unet(
     size: int, # height and width of an image, divisible by 2 ** (len(widths) - 1)
     channels: int, # of an image
-    widths: tuple, # channels at each resolution, the finest first
+    widths: tuple, # channels at each resolution, multiples of 8, the finest first
     layers: int=1, # residual blocks at each resolution
     dropout: float=0., # in [0,1)
-    attention: tuple=(), # indices of the resolutions with self-attention, such as (1,)
-    groups: int=8, # of the group normalisation, divides every width
 ): # -> UNet2DModel
     "A `UNet2DModel` of diffusers. Raises `ValueError` if the image cannot be halved often enough."
     from diffusers import UNet2DModel
     if size % 2**(len(widths)-1): raise ValueError(f"{size} pixels cannot be halved {len(widths)-1} times")
-    down = tuple("AttnDownBlock2D" if i in attention else "DownBlock2D" for i in range(len(widths)))
     return UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
-        layers_per_block=layers, dropout=dropout, norm_num_groups=groups, down_block_types=down,
-        up_block_types=tuple(d.replace("Down", "Up") for d in reversed(down)), add_attention=bool(attention))
+        layers_per_block=layers, dropout=dropout, norm_num_groups=8, add_attention=False,
+        down_block_types=("DownBlock2D",)*len(widths), up_block_types=("UpBlock2D",)*len(widths))
 
 # %% ../nbs/04_diffusion.ipynb #cell009
 def coefficients(
@@ -160,7 +157,10 @@ def learning_rate(
 # %% ../nbs/04_diffusion.ipynb #cell037
 class State:
     "All that changes while a diffusion model trains."
-    def __init__(self, net, recipe):
+    def __init__(self,
+        net, # UNet2DModel, trained in place
+        recipe: Recipe, # how to train
+    ):
         self.net, self.recipe, self.steps, self.seconds, self.curve = net.train(), recipe, 0, 0., []
         self.ema = deepcopy(net).eval().requires_grad_(False)
         self.adam = torch.optim.Adam(net.parameters(), recipe.lr, fused=True)
@@ -237,7 +237,12 @@ def load_state(
     state.total, state.steps, state.counted, state.seconds, state.curve = tensors["total"], *(note[k] for k in ("steps", "counted", "seconds", "curve"))
 
 # %% ../nbs/04_diffusion.ipynb #cell042
-def configuration(net, images, levels, recipe) -> dict: # what JSON can hold
+def configuration(
+    net, # UNet2DModel
+    images, # uint8 [n,C,H,W]
+    levels: int, # of a pixel
+    recipe: Recipe, # how to train
+) -> dict: # what JSON can hold
     "The identity of a run: the recipe, the network's shape and the images' digest."
     shape = {k: v for k, v in net.config.items() if not k.startswith("_")} if hasattr(net, "config") else {}
     return json.loads(json.dumps(asdict(recipe) | {"unet": shape, "levels": levels,
@@ -273,6 +278,7 @@ def train(
                 state.log(evaluate(state.ema) if evaluate else {})
                 bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
             if asked or state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds:
+                if state.counted: state.mean_loss() # raises, so that no broken state takes the place of a good one
                 save_state(state, path, config)
                 saved = time.monotonic()
     return state.ema, state.curve

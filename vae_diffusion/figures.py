@@ -32,8 +32,8 @@ def save(
     for ending, metadata in {"svg": {"Date": None}, "png": {"Software": None}}.items():
         with mpl.rc_context(STYLE), paths.whole(Path(folder)/f"{name}.{ending}") as tmp: fig.savefig(tmp, format=ending, metadata=metadata)
 
-def _order(table): # methods present, in the fixed order
-    return [m for m in METHODS if m in set(table.method)]
+def _order(table, k): # methods present, dmaapx with this k, in the fixed order
+    return [m for m in METHODS if m in set(table[table.k.isna() | (table.k == k)].method)]
 
 # %% ../nbs/15_figures.ipynb #cell009
 def curves(
@@ -43,7 +43,7 @@ def curves(
     paper=None, # from `results.reported`, drawn as open diamonds
 ):
     "Mean ELBO on training and test images over effective epochs, one thin line a seed."
-    methods = _order(table)
+    methods = _order(table, k)
     with mpl.rc_context(STYLE):
         fig, axes = plt.subplots(1, len(methods), figsize=(max(1.75*len(methods) + .4, 3.5), 2.4), sharex=True, sharey=True, layout="constrained", squeeze=False)
         for ax, method in zip(axes[0], methods):
@@ -119,7 +119,7 @@ def gaps(
     paper=None, # from `results.reported`, its last numbers drawn as open diamonds
 ):
     "Test ELBO and the three gaps after the last epoch: mean, 95 % t interval over seeds, and every seed's point."
-    methods = _order(table)
+    methods = _order(table, k)
     with mpl.rc_context(STYLE):
         fig, axes = plt.subplots(1, 4, figsize=(7.4, .32*len(methods) + 1.25), sharey=True, layout="constrained")
         for ax, (metric, label) in zip(axes, PANELS.items()):
@@ -168,6 +168,7 @@ def against_k(
             ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], ls=style, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
             ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1), textcoords="offset points", va="top", color=COLORS["dmaapx"], fontsize=7)
         ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image", title=title)
+        ks = sorted(t[t.method.isin(banks)].k.unique())
         ax.set_xticks(ks, [f"{k:g}" for k in ks])
         ax.minorticks_off()
     return fig
@@ -207,7 +208,8 @@ def from_results(
     table, # tidy results of one data set and scale
     s, # their `Settings`
 ) -> dict: # name -> `Figure`
-    "The figures that results alone decide."
+    "The figures that results alone decide; none before a VAE of the main comparison is trained."
+    if not _order(table, s.k): return {}
     where, paper = f"{s.dataset}, {s.scale} scale", reported(s)
     beside = f"; epoch {s.epochs}, ◇ the paper's epoch {paper.epoch.max()}" if len(paper) else ""
     figs = {"gaps": gaps(table, s.k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper), "curves": curves(table, s.k, where + ("; ◇ the paper" if len(paper) and (paper.epoch <= s.epochs).any() else ""), paper)}
@@ -251,9 +253,6 @@ def rows(
 def nearest(
     x, # [n,C,H,W] in [0,1]
     train, # [N,C,H,W] in [0,1]
-    skip_self: bool=False, # leave out images at distance 0
 ) -> tuple: # distances [n], indices [n] into `train`
     "Euclidean distance to, and index of, the nearest training image."
-    d = torch.cdist(x.flatten(1), train.flatten(1))
-    if skip_self: d[d < 1e-6] = float("inf")
-    return d.min(1)
+    return torch.cdist(x.flatten(1), train.flatten(1)).min(1)

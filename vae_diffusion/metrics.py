@@ -206,7 +206,7 @@ def amortization_gap(
     seed: int=0, # of all noise
 ) -> AmortizationGap:
     "ELBO with the best factorised Gaussian per image against the encoder's (Cremer et al. 2018). Raises `ValueError` for odd `samples`."
-    if samples < 2 or samples % 2: raise ValueError(f"samples come in antithetic pairs: {samples} is not even")
+    if samples < 2 or samples % 2: raise ValueError(f"samples come in antithetic pairs: {samples} is not an even number of 2 or more")
     with evaluating(vae):
         parts = [one_batch(vae, x, levels, steps, samples, lr, final, seed, i) for i, x in enumerate(images.split(batch or at_once(vae, images, 2*samples)))]
     q, star, trace, prior = (torch.cat(p, -1).cpu() for p in zip(*parts))
@@ -251,37 +251,36 @@ class Attack:
 # %% ../nbs/11_metrics.ipynb #cell045
 def attack(
     vae, # a `models.VAE`
-    x: torch.Tensor, # [n,C,H,W] in the pixel range
+    x: torch.Tensor, # [n,C,H,W] in [0,1]
     restarts: int=10, # random starts per image
     steps: int=50, # of gradient ascent
     lr: float=1., # step size at the start
     delta: float=.1, # radius of the ball, in the unit of x
     seed: int=0, # of the starts
-    pixels=(0., 1.), # the pixel range
 ) -> Attack:
-    "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises `ValueError` if x leaves the pixel range."
-    if x.min() < pixels[0] or x.max() > pixels[1]: raise ValueError(f"the images leave the pixel range {pixels}")
+    "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises `ValueError` if x leaves [0,1]."
+    if x.min() < 0 or x.max() > 1: raise ValueError("the images leave the pixel range [0,1]")
     start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed)).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
     with evaluating(vae):
-        with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta, pixels)
-        with torch.no_grad(): kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (within(x, start, delta, pixels), x_a))
+        with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta)
+        with torch.no_grad(): kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (within(x, start, delta), x_a))
     return Attack(*(t.unflatten(0, (-1, restarts)) for t in (x_a, kl_start, kl)))
 
-def within(x, eps, delta, pixels): # as in `attack`
+def within(x, eps, delta): # as in `attack`
     "The attacked images, inside the ball and the pixel range."
-    return (x + eps.clamp(-delta, delta)).clamp(*pixels)
+    return (x + eps.clamp(-delta, delta)).clamp(0, 1)
 
 # %% ../nbs/11_metrics.ipynb #cell046
 @torch.enable_grad()
-def ascend(vae, x, eps, steps, lr, delta, pixels): # frozen VAE; images [m,...] and starts [m,...]; as in `attack`
+def ascend(vae, x, eps, steps, lr, delta): # frozen VAE; images [m,...] and starts [m,...]; as in `attack`
     "x_a [m,...], the best iterate or the start. The first gradient is taken where eps starts, even outside the ball."
     with torch.no_grad(): q = vae.encode(x)
-    best = within(x, eps, delta, pixels)
+    best = within(x, eps, delta)
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
     plateau = Plateau(lr, kl)
     for i in range(steps + 1):
-        x_i = (x + eps).clamp_(*pixels).requires_grad_()
+        x_i = (x + eps).clamp_(0, 1).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
         slope, = torch.autograd.grad(value.sum(), x_i)
         value, x_i = value.detach(), x_i.detach()

@@ -49,7 +49,7 @@ class VAE(nn.Module):
         encoder: nn.Module, # [n,C,H,W] in [0,1] -> [n,2L,...]: means, then raw scales
         decoder: nn.Module, # [n,L,...] -> [n,n_out,H,W]
         family: Family, # of the likelihood
-        latent_shape: tuple=None, # (L,...); only `generate` needs it
+        latent_shape: tuple=None, # (L,...); only `generate` and `training.fit` need it
     ):
         super().__init__()
         self.encoder, self.decoder, self.family, self.latent_shape = encoder, decoder, family, latent_shape

@@ -10,6 +10,7 @@ __all__ = ['ProjectError', 'cache', 'root', 'weights', 'published', 'figures', '
 # %% ../nbs/00_paths.ipynb #cell002
 import fcntl, hashlib, json, os, signal, tempfile, threading
 from contextlib import contextmanager
+from operator import index
 from pathlib import Path
 import pooch, torch, vae_diffusion
 from safetensors import SafetensorError
@@ -49,7 +50,7 @@ def runs() -> Path: # one folder per data set and scale
 # %% ../nbs/00_paths.ipynb #cell011
 @contextmanager
 def writing(path): # what is written
-    "Turns an error of the disk into a `ProjectError` that names the file."
+    "Turns an error of the disk, in the block, into a `ProjectError` that names what was being written."
     try: yield
     except (OSError, SafetensorError) as e: raise ProjectError(
         f"{path} cannot be written ({getattr(e, 'strerror', None) or e}). Make room or give permission, or set VAE_DIFFUSION_RUNS or VAE_DIFFUSION_CACHE to a folder elsewhere, "
@@ -137,7 +138,7 @@ def digest(
     obj, # bytes, or anything that JSON can hold
     length: int=12, # hexadecimal digits kept
 ) -> str:
-    "SHA-256 of `obj`, shortened. Raises `TypeError` if JSON cannot hold `obj`."
+    "SHA-256 of `obj`, shortened. Raises `TypeError`, or `ValueError` for a number that is not finite, if JSON cannot hold `obj`."
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
 
@@ -214,8 +215,8 @@ def whole_folder(folder): # to write, replaced if it exists
 def seed_of(
     *parts, # integers and names that together identify the stream
 ) -> int: # 0 ≤ seed < 2^63
-    "One integer seed from several parts, the same in every process."
-    return int(digest([p if isinstance(p, str) else int(p) for p in parts], 16), 16) >> 1
+    "One integer seed from several parts, the same in every process. Raises `TypeError` for a part that is neither."
+    return int(digest([p if isinstance(p, str) else index(p) for p in parts], 16), 16) >> 1
 
 def generator(
     *parts, # as in `seed_of`

@@ -52,7 +52,7 @@ def run(
 def learn(
     name: str, # of what is learnt: initial weights and order depend on it
     images: torch.Tensor, # uint8 [n,C,H,W]
-    labels: torch.Tensor, # int64 [n]
+    labels: torch.Tensor, # int64 [n], or bool for two classes
     levels: int, # of a pixel
     classes: int=2, # that there are
     epochs: int=5, # passes over the images
@@ -138,7 +138,7 @@ def measure(
     epochs: int=5, # of the two-sample test
     progress: bool=False, # show progress bars
 ) -> list: # of results
-    "Distance to the nearest training image, two-sample test and Fréchet distance against training images, and the ELBO of a VAE."
+    "Distance to the nearest training image, two-sample test and Fréchet distance against training images, and the ELBO of a VAE. The distance is that of the first 2,000."
     device, unit = next(vae.parameters()).device, lambda x: to_unit(x, dataset.levels)
     real = dataset.train[torch.randperm(len(dataset.train), generator=paths.generator("real"))[:len(images)]]
     told = two_sample(images, real, dataset.levels, epochs, device=device, progress=progress)
@@ -155,7 +155,7 @@ def figure(
     table, # tidy results of `train_diffusion` and `measure_diffusion`; `variant` says how samples were drawn
     title: str="", # over the whole figure
 ):
-    "Bound on log p, two-sample test and reference ELBO while a diffusion model learns, and distances to the nearest training image at the end."
+    "Bound on log p, two-sample test and reference ELBO while a diffusion model learns, and distances to the nearest training image at the end. Bars and bands are two standard errors."
     curve = lambda metric, t=table: t[(t.metric == metric) & t.epoch.notna()].sort_values("epoch")
     real = lambda metric: table[(table.metric == metric) & table.epoch.isna()].iloc[0]
     found = table[table.metric == "two_sample_sample"].variant.unique() # at most three

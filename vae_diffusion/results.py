@@ -104,7 +104,7 @@ def summary(
             mean, low, high = over_seeds(values)
             rows.append({"method": method, "metric": metric, "mean": mean, "low": low, "high": high, "n": len(values)})
     order = list(METHODS)
-    return pd.DataFrame(rows).sort_values("method", key=lambda c: c.map(order.index), kind="stable", ignore_index=True)
+    return pd.DataFrame(rows, columns=["method", "metric", "mean", "low", "high", "n"]).sort_values("method", key=lambda c: c.map(order.index), kind="stable", ignore_index=True)
 
 # %% ../nbs/14_results.ipynb #cell019
 def _cell(r, metric):
@@ -138,7 +138,7 @@ def difference(
     against_metric=None, # if the other is measured by another metric
     against_k=None, # if the other is `dmaapx` with another bank size
 ) -> tuple: # difference of means, low, high
-    "Mean of `method` minus mean of `against`, with a 95 % Welch interval over seeds."
+    "Mean of `method` minus mean of `against`, with a 95 % Welch interval over seeds. Raises `ProjectError` if one of them has fewer than two."
     from scipy.stats import ttest_ind # imported here, for it takes a second that most runs do not need
     a, b = ((t := final(table, m, k))[t.method == who].value for m, who, k in ((metric, method, k), (against_metric or metric, against, against_k or k)))
     if min(len(a), len(b)) < 2: raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, there are {len(a)} and {len(b)}")
@@ -184,17 +184,17 @@ def provenance(
     s: Settings, # their settings
 ) -> str: # Markdown
     "One line below a table: what was run, on what, and for how long."
-    hours = table.drop_duplicates("config").seconds.sum()/3600
-    time = f"{hours:.1f} hours" if hours >= 1 else f"{60*hours:.0f} minutes"
+    def time(seconds): return f"{seconds/3600:.1f} hours" if seconds >= 3600 else f"{seconds/60:.0f} minutes"
+    each = table.drop_duplicates("config").groupby("hardware").seconds.agg(n="size", seconds="sum").sort_values("n", ascending=False)
     seeds = sorted(table.seed.dropna().unique())
     done = [f"seed{'s'*(len(seeds) > 1)} {', '.join(f'{i:g}' for i in seeds)}"] + [f"DMaaPx with k = {s.k}"]*("dmaapx" in set(table.method))
     return (f"Scale `{s.scale}`: {s.epochs} effective epochs, {', '.join(done)}. "
-            f"{table.config.nunique()} runs, {time} of computing in all, each on {' and '.join(sorted(table.hardware.unique()))}.")
+            + "; ".join(f"{r.n} runs on {r.Index}, {time(r.seconds)} of computing in all" for r in each.itertuples()) + ".")
 
 def claims_markdown(
     found: dict, # title of a column, such as a data set -> claims, from `claims`
 ) -> str: # Markdown
-    "The claims as a table, with the digits that the intervals support; - where a claim could not be measured."
+    "The claims as a table; - where a claim could not be measured."
     lines = ["| claim | " + " | ".join(found) + " |", "|---|" + "---:|"*len(found)]
     for claim in [text for text, *_ in CLAIMS if any(text in set(t.claim) for t in found.values())]:
         d, cells = 3 if "robustness" in claim else 1, []

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'config', 'Run', 'keep_memory', 'open_run', 'hardware',
-           'environment', 'row', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose', 'diffusion_of',
-           'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder', 'pipeline_of', 'publish_weights',
-           'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate', 'curve_rows', 'changed', 'require']
+           'environment', 'row', 'part', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose',
+           'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder', 'pipeline_of',
+           'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate', 'curve_rows',
+           'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
-import ctypes, json, platform, shutil
+import ctypes, json, platform, shutil, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -104,7 +105,7 @@ def open_run(
     stage: str, # the experiment notebook
     settings: Settings, # all parameters
 ) -> Run:
-    "The run with its folder made, its configuration stored and, until it is done, other processes kept waiting. Raises `ProjectError` if the folder holds another configuration."
+    "The run with its folder made, its configuration stored and, until it is done, other processes kept waiting; this process keeps the memory that it frees. Raises `ProjectError` if the folder holds another configuration."
     keep_memory()
     run = Run(stage, settings)
     if not run.done: paths.hold(run.folder)
@@ -145,17 +146,30 @@ def row(
     if not torch.isfinite(v).all(): raise ProjectError(f"{metric} is not finite for {int((~torch.isfinite(v)).sum())} of {len(v)} images")
     return {"metric": metric, "value": v.mean().item(), "stderr": (v.std()/len(v)**.5).item() if len(v) > 1 else None, "n": len(v), "epoch": epoch, "unit": unit}
 
+def part(
+    run: Run, # an open run
+    name: str, # of the part
+    make, # () -> list of `row`
+) -> tuple: # list of `row`, seconds that they took
+    "A part of a run's results, stored in its folder as soon as it is there, so that a run that is killed does not measure it again."
+    file = run.folder/f"{name}.json"
+    if not file.exists():
+        start = time.perf_counter()
+        paths.write_text(file, json.dumps({"rows": make(), "seconds": time.perf_counter() - start}), listed=True)
+    found = json.loads(paths.checked(file))
+    return found["rows"], found["seconds"]
+
 def finish(
     run: Run, # an open run
     rows: list, # of `row`
-    seconds, # how long the computing took, None if that is not known
+    seconds, # how long the computing took
     device="cpu", # where
 ) -> pd.DataFrame:
     "Writes the results, which marks the run as done, and returns them."
     s = run.settings
     vae = run.stage in ("train_vae", "measure_gaps")
     who = {"dataset": s.dataset, "scale": s.scale, "method": s.method if vae else run.stage, "seed": s.seed if vae else None, "k": s.k if vae and s.method == "dmaapx" else None,
-           "hardware": hardware(device), "seconds": seconds and round(seconds, 1), "config": run.digest}
+           "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
     table = pd.DataFrame([who | r for r in rows]).reindex(columns=COLUMNS)
     with paths.whole(run.results, listed=True) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")
     paths.release(run.folder)

@@ -41,7 +41,7 @@ def cheapest(
 ) -> str: # the variant
     "The fewest evaluations for which the intervals of both the test ELBO's and the generalization gap's difference hold 0."
     both = [against(table, m, reference) for m in ("elbo_test", "generalization_gap")]
-    same = np.logical_and(*((d.low <= 0) & (d.high >= 0) for d in both))
+    same = np.logical_and(*((d.low <= 0) & (d.high >= 0) for d in both)) & (both[0].evaluations < evaluations(reference))
     return both[0].evaluations[same].idxmin() if same.any() else reference
 
 # %% ../nbs/16_samplers.ipynb #cell010

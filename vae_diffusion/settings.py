@@ -102,6 +102,7 @@ def _checked(name, value, kind):
     "The value in its right type, or a `ProjectError`."
     if kind in (tuple, "tuple"):
         if not isinstance(value, (list, tuple)) or not value and name != "gaps_at": raise ProjectError(f"{name} must be a list with at least one entry, not {value!r}")
+        if name in ("methods", "seeds", "ks") and len({*map(repr, value)}) < len(value): raise ProjectError(f"{name} is {list(value)!r}: give each entry once")
         return tuple(_checked(name, v, str if name in CHOICES else int) for v in value)
     kind = {"str": str, "int": int, "float": float, "bool": bool}.get(kind, kind)
     good = {bool: bool, int: int, float: (int, float), str: str}[kind]
@@ -126,16 +127,17 @@ def _together(s):
 
 # %% ../nbs/12_settings.ipynb #cell010
 def settings_of(
-    names: dict, # a notebook's `globals()`, or the content of a params file
+    names: dict, # a notebook's `globals()`, or nothing but parameters, such as the content of a params file
 ) -> Settings:
     "The settings among the plain values of `names`. Raises `ProjectError` for a name that is no parameter."
-    plain = {k: v for k, v in names.items() if isinstance(v, (bool, int, float, str, list, tuple)) and k[0] != "_" and k != "In"}
+    notebook = "__builtins__" in names
+    plain = {k: v for k, v in names.items() if not notebook or isinstance(v, (bool, int, float, str, list, tuple, type(None))) and k[0] != "_" and k != "In"}
     known, again = [f.name for f in fields(Settings)], names.get("_read_before")
     for k in [k for k in plain if k not in known]:
-        near = difflib.get_close_matches(k, known, 1, .8 if again else .6)
+        near = difflib.get_close_matches(str(k), known, 1, .8 if again else .6)
         if near or not again: raise ProjectError(f"{k} is no parameter" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"))
         del plain[k]
-    if "__builtins__" in names: names["_read_before"] = True # a notebook's: its later cells leave variables
+    if notebook: names["_read_before"] = True # a notebook's: its later cells leave variables
     for k in known:
         if k in names and k not in plain: raise ProjectError(f"{k} is {names[k]!r}, of type {type(names[k]).__name__}: give a number, a text, true or false, or a list")
     return Settings(**plain)

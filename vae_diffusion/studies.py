@@ -7,7 +7,7 @@ __all__ = ['FIGURES', 'Study', 'changed', 'files', 'study', 'collect', 'figure',
 
 # %% ../nbs/19_studies.ipynb #cell002
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 import pandas as pd
 import yaml
@@ -42,8 +42,7 @@ def changed(
     changes: dict, # parameter -> value
 ) -> Settings:
     "The settings with other values. Raises `ProjectError` for a name that is no parameter or a value that makes no sense."
-    settings_of(changes)
-    return replace(s, **changes)
+    return settings_of(asdict(s) | changes)
 
 # %% ../nbs/19_studies.ipynb #cell009
 def files() -> dict: # name -> file
@@ -56,12 +55,15 @@ def study(
     "Reads a study. Raises `ProjectError` if there is none of that name or an entry is missing or unknown."
     file = files().get(name)
     if not file: raise ProjectError(f"there is no study {name}; there are {', '.join(files())}")
-    try: content = yaml.safe_load(file.read_text())
+    try: content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e: raise ProjectError(f"{file} cannot be read as YAML ({' '.join(str(e).split())}). Correct it, or restore it from git.") from e
     keys = {"dataset", "scale", "stages", "variants", "grid"}
     if not isinstance(content, dict) or content.keys() != keys: raise ProjectError(f"{file} must have the entries {', '.join(sorted(keys))}, and no others")
-    if unknown := [s for s in content["stages"] if not (file.parent.parent/f"{s}.ipynb").exists()]: raise ProjectError(f"{file}: there is no experiment {', '.join(map(str, unknown))}")
-    return Study(name, **content | {"stages": tuple(content["stages"])})
+    stages, variants, grid = (content[k] for k in ("stages", "variants", "grid"))
+    if not (isinstance(stages, list) and isinstance(variants, dict) and isinstance(grid, dict) and all(isinstance(v, dict) for v in variants.values()) and all(isinstance(v, list) for v in grid.values())):
+        raise ProjectError(f"{file}: stages must be a list, variants must give each label its parameters, and grid each parameter a list")
+    if unknown := [s for s in stages if not (file.parent.parent/f"{s}.ipynb").exists()]: raise ProjectError(f"{file}: there is no experiment {', '.join(map(str, unknown))}")
+    return Study(name, **content | {"stages": tuple(stages)})
 
 # %% ../nbs/19_studies.ipynb #cell013
 def collect(
@@ -93,7 +95,7 @@ def figure(
 def publish(
     s: Study, # whose runs are done
 ):
-    "Stores the results of a study and its figure as the published ones, and if it trains one diffusion model, the pictures of its samples, and the model itself if it is another than the data set's."
+    "Stores the results of a study and its figure as the published ones, and if it trains one diffusion model, the pictures of its samples, or the model itself if it is another than the data set's."
     results = collect(s)
     store(results, paths.published()/f"{s.name}.csv")
     folder = paths.figures()/f"{s.dataset}-{s.scale}"
@@ -101,8 +103,8 @@ def publish(
     save(forest(complete(), OVERVIEW), paths.figures(), "overview")
     runs = [run for _, run in s.runs()]
     trained = [run for run in runs if run.stage == "train_diffusion"]
-    if len(trained) != 1: return
-    if trained[0].digest != Run("train_diffusion", params(s.dataset, s.scale)).digest: publish_weights(trained[0].settings, s.name)
+    if len(trained) != 1 or not trained[0].done: return
+    if trained[0].digest != Run("train_diffusion", params(s.dataset, s.scale)).digest: return publish_weights(trained[0].settings, s.name)
     for file in [f for run in runs for f in (run.folder/"figures").glob("*")]:
         with paths.whole(folder/file.name) as tmp: shutil.copyfile(file, tmp)
 

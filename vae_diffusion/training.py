@@ -21,7 +21,7 @@ from .paths import ProjectError, generator, load_tensors, save_tensors, stoppabl
 
 # %% ../nbs/08_training.ipynb #cell005
 class Repeat:
-    "Passes over a fixed set of images, each pass in an order of its own."
+    "Passes over a fixed set of images, each pass in an order of its own. Raises `ValueError` if there are none."
     def __init__(
         self,
         images, # uint8 [N,C,H,W], a tensor or anything indexed by an integer tensor, a bank say
@@ -66,7 +66,7 @@ class Augmented:
 
 # %% ../nbs/08_training.ipynb #cell014
 class Mixture:
-    "Each image from `second` with probability `share`, otherwise from `first`."
+    "Each image from `second` with probability `share`, otherwise from `first`; the choices belong to the part that is asked for. Raises `ValueError` if `share` is no probability."
     def __init__(
         self,
         first, # a source
@@ -88,7 +88,11 @@ methods = "normal", "aug_naive", "aug_tuned", "dmaapx"
 
 class First:
     "The first `n` images of a bank, read when asked for, and zero-padded like the data set."
-    def __init__(self, images, n, side): self.images,self.n,self.side = images,n,side
+    def __init__(self,
+        images, # uint8 [≥ n,C,H,W], a bank say
+        n, # how many of them
+        side, # height and width after padding, pixels
+    ): self.images,self.n,self.side = images,n,side
     def __len__(self): return self.n
     def __getitem__(self, i): return pad(self.images[i], self.side)
 
@@ -120,7 +124,11 @@ class Fit:
     best_epoch: int=0 # the evaluated epoch with the highest test ELBO, 0 if none was measured
     best: dict=field(default_factory=dict) # the weights at that epoch
 
-    def record(self, epoch, vae, numbers):
+    def record(self,
+        epoch, # effective epochs done
+        vae, # `models.VAE`
+        numbers, # dict of what was measured, `elbo_test` in nats per image among them or not
+    ):
         "Adds a point to the curve, and keeps the weights if they are the best so far."
         if "elbo_test" in numbers and numbers["elbo_test"] > max((r["elbo_test"] for r in self.curve), default=-float("inf")):
             self.best,self.best_epoch = {k: v.detach().clone() for k, v in vae.state_dict().items()},epoch
@@ -255,7 +263,8 @@ def fit(
     decay: bool=False, # the step size falls linearly to 0 at the last step
     progress: bool=True, # show a progress bar
 ) -> Fit:
-    "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint."
+    "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint, `ValueError` if the VAE does not know its `latent_shape`."
+    if vae.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to train it")
     device = next(vae.parameters()).device
     opt = Adam(vae.parameters(), lr)
     file = folder and Path(folder)/"checkpoint.safetensors"
@@ -283,7 +292,7 @@ def fit(
                     saved = time.monotonic()
             if asked: break
             if all(row["epoch"] < epoch for row in state.curve):
-                if epoch in keep: save_tensors(Path(folder)/f"epoch{epoch}.safetensors", vae.state_dict())
+                if folder and epoch in keep: save_tensors(Path(folder)/f"epoch{epoch}.safetensors", vae.state_dict())
                 state.record(epoch, vae, evaluate(vae) if evaluate else {})
                 if file: _save(file, run, vae, opt, state)
                 bar.set_postfix({k: f"{v:.1f}" for k, v in state.curve[-1].items() if k != "seconds"})
