@@ -31,9 +31,15 @@ KEPT = {"train_diffusion": "train_diffusion-*/checkpoint.safetensors", "train_va
         "sample_bank": "bank-*/manifest.json", "measure_gaps": "measure_gaps-*/*.json"}
 
 
+def works():
+    "Notes that this process does work that another may have done."
+    with open(Path(os.environ["VAE_DIFFUSION_RUNS"]) / "worked", "a") as f: f.write(f"{os.getpid()}\n")
+
+
 def checkpoint_often():
-    fit, train, fill = training.fit, diffusion.train, banks.SampleBank.fill
-    training.fit = lambda *a, **k: fit(*a, **k | {"every": EVERY})
+    fit, train, fill, add = training.fit, diffusion.train, banks.SampleBank.fill, banks.SampleBank._add
+    training.fit = lambda *a, **k: (works(), fit(*a, **k | {"every": EVERY}))[1]
+    banks.SampleBank._add = lambda *a: (works(), add(*a))[1]
     diffusion.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
     banks.SampleBank.fill = lambda self, *a, **k: fill(self, *a, **k | {"batch": 64, "seconds": EVERY})
 
@@ -129,8 +135,8 @@ def main(folder, tries, stages):
         if together:
             processes = [start(stage, stored) for _ in range(tries)]
             wrong = [s for p in processes if (s := wait(p, 600))] or (content(stored) != whole and ["results differ"])
-            waited = sum("Another process works in" in log.read_text() for log in stored.glob(f"{stage}-*.log"))
-            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "waited": waited, "wrong": wrong or []}), flush=True)
+            worked = set(map(int, (stored / "worked").read_text().split())) & set(processes)
+            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "worked": len(worked), "wrong": wrong or []}), flush=True)
             continue
         found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
         print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
@@ -93,6 +94,7 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     else: drawn = figures.from_results(table, settings.params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
         figures.save(fig, tmp_path, figure)
+        plt.close(fig)
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
 
 
