@@ -151,20 +151,22 @@ def against_k(
     "Test ELBO of DMaaPx after the last epoch against the size of the bank, with 95 % t intervals over seeds."
     with mpl.rc_context(STYLE):
         fig, ax = plt.subplots(figsize=(4.2, 2.4), layout="constrained")
+        shown = []
         for metric, label, style, side in (("elbo_test", "Normal, last epoch", "-", "top"), ("elbo_test_best", "Normal, best epoch", ":", "bottom")):
             t = final(table, metric)
             values = t[t.method == "normal"].value
-            if not len(values): continue
+            if not len(values) or sorted(values) in shown: continue # the best epoch may be the last
+            shown.append(sorted(values))
             mean, low, high = over_seeds(values)
             ax.axhline(mean, color=COLORS["normal"], ls=style, lw=1)
             ax.axhspan(low, high, color=COLORS["normal"], alpha=.10, lw=0)
             ax.annotate(label, (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 1 if side == "top" else -1), textcoords="offset points", va=side, color=COLORS["normal"], fontsize=7)
         t = final(table, "elbo_test")
-        for (method, label), style in zip(banks.items(), ("-", "--", ":")):
+        for i, ((method, label), style) in enumerate(zip(banks.items(), ("-", "--", ":"))):
             by_k = t[t.method == method].groupby("k").value
             mean, low, high = np.array([over_seeds(v) for _, v in by_k]).T
-            ks = np.array(list(by_k.groups))
-            for k, v in by_k: ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
+            ks = np.array(list(by_k.groups))*1.06**i # side by side
+            for k, (_, v) in zip(ks, by_k): ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
             ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], ls=style, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
             ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1), textcoords="offset points", va="top", color=COLORS["dmaapx"], fontsize=7)
         ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image", title=title)
