@@ -278,7 +278,6 @@ def train(
                 state.log(evaluate(state.ema) if evaluate else {})
                 bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
             if asked or state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds:
-                if state.counted: state.mean_loss() # raises, so that no broken state takes the place of a good one
                 save_state(state, path, config)
                 saved = time.monotonic()
     return state.ema, state.curve

@@ -64,7 +64,7 @@ def curves(
             ax.set_title(METHODS[method] + (f" (k = {k})" if method == "dmaapx" else ""), color=COLORS[method], pad=12)
         flat = table[table.metric.isin(["elbo_train", "elbo_test"])]
         low = flat[flat.epoch >= flat.epoch.max()*.08].value.min()
-        axes[0, 0].set(ylabel="ELBO / nats per image", ylim=(low - 2, None), xlim=(0, flat.epoch.max()*1.02))
+        axes[0, 0].set(ylabel="ELBO / nats per image", ylim=(low - 2, None), xlim=(0, flat.epoch.max()*1.04))
         fig.supxlabel("effective epoch", fontsize=8)
         if title: fig.suptitle(title, fontsize=9)
     return fig
