@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 
+import pandas as pd
 import pytest
 import torch
 from conftest import run
@@ -63,3 +64,23 @@ def test_cases_that_need_no_data(case, arguments):
     (bench.train_ours, {"n": 200, "epochs": 1}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
 def test_cases_on_mnist(case, arguments):
     assert bench.once(case, 1, arguments)["value"] > 0
+
+
+def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
+    product = {"size": 64, "seconds": .01}
+    monkeypatch.setattr(bench, "SPEED", {("matrix product", t, None): (bench.product, {"dtype": t} | product) for t in ("float32", "bfloat16")}
+        | {("MS-SSIM", package, None): (bench.similarity, {"package": package, "n": 2}) for package in ("pytorch_msssim", "ours")})
+    monkeypatch.setattr(bench, "ELBO", {})
+    monkeypatch.setattr(bench, "GROWTH", {"k": (1, 2), "batch": (50, 100)})
+    monkeypatch.setattr(bench, "COST", {("growth", name, x): (bench.growth, {"train": 200, "steps": 2, name: x}) for name, values in bench.GROWTH.items() for x in values})
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path/"runs"))
+    for what in "published", "figures": monkeypatch.setattr(bench.paths, what, lambda what=what: tmp_path/what)
+    kept = tmp_path/"runs"/f"bench-{bench.machine()}-{torch.get_num_threads()}-threads"/"speed.csv"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n")
+    bench.main(repetitions=2)
+    table = pd.read_csv(tmp_path/"published"/f"bench-{bench.machine()}.csv")
+    assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}
+    assert table.value[0] == 123 and not table.duplicated(["benchmark", "case", "x", "repetition"]).any(), "a stopped benchmark goes on"
+    assert {f.name for f in (tmp_path/"figures"/f"bench-{bench.machine()}").glob("*.png")} == {"speed.png", "growth.png"}
+    assert not kept.parent.exists()

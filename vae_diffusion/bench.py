@@ -338,7 +338,8 @@ def main(
     repetitions: int=5, # of the speeds; growth has 3, the ELBO its seeds
 ):
     "Measures everything, and writes `data/results/bench-<machine>.csv` and its figures. If it is stopped, the next call goes on."
-    threads, folder = torch.get_num_threads(), paths.runs()/f"bench-{machine()}-{threads}-threads"
+    threads = torch.get_num_threads()
+    folder = paths.runs()/f"bench-{machine()}-{threads}-threads"
     folder.mkdir(parents=True, exist_ok=True)
     parts = [alternate(cases, n, threads, folder/f"{name}.csv") for name, cases, n in (("speed", SPEED, repetitions), ("elbo", ELBO, 1), ("growth", COST, 3))]
     table = pd.concat([p.dropna(axis=1, how="all") for p in parts])
