@@ -83,4 +83,7 @@ def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
     assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}
     assert table.value[0] == 123 and not table.duplicated(["benchmark", "case", "x", "repetition"]).any(), "a stopped benchmark goes on"
     assert {f.name for f in (tmp_path/"figures"/f"bench-{bench.machine()}").glob("*.png")} == {"speed.png", "growth.png"}
+    for name, fig in bench.drawn(table).items():
+        bench.figures.save(fig, tmp_path, name)
+        assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{bench.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
     assert not kept.parent.exists()

@@ -344,8 +344,9 @@ def main(
     parts = [alternate(cases, n, threads, folder/f"{name}.csv") for name, cases, n in (("speed", SPEED, repetitions), ("elbo", ELBO, 1), ("growth", COST, 3))]
     table = pd.concat([p.dropna(axis=1, how="all") for p in parts])
     table["hardware"] = runs.hardware(runs.device())
-    with paths.whole(paths.published()/f"bench-{machine()}.csv", listed=True) as tmp: table.to_csv(tmp, index=False, float_format="%.5g", lineterminator="\n")
-    for name, fig in drawn(table).items(): figures.save(fig, paths.figures()/f"bench-{machine()}", name)
+    file = paths.published()/f"bench-{machine()}.csv"
+    with paths.whole(file, listed=True) as tmp: table.to_csv(tmp, index=False, float_format="%.5g", lineterminator="\n")
+    for name, fig in drawn(runs.read_table(file)).items(): figures.save(fig, paths.figures()/f"bench-{machine()}", name)
     shutil.rmtree(folder)
 
 # %% ../nbs/17_bench.ipynb #cell029
