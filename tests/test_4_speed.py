@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import run
-from vae_diffusion import bench, data, metrics, models, training
+from vae_diffusion import bench, data, metrics, models, paths, training
 from vae_diffusion.likelihoods import family
 
 needs_data = pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="VAE_DIFFUSION_DATA names no folder with the full data sets")
@@ -77,7 +77,11 @@ def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
     for what in "published", "figures": monkeypatch.setattr(bench.paths, what, lambda what=what: tmp_path/what)
     kept = tmp_path/"runs"/f"bench-{bench.machine()}-{torch.get_num_threads()}-threads"/"speed.csv"
     kept.parent.mkdir(parents=True)
-    kept.write_text("benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n")
+    paths.write_text(kept, "benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n", listed=True)
+    whole = kept.read_text()
+    kept.write_text(whole[:-4])
+    with pytest.raises(paths.ProjectError, match="speed.csv"): bench.main(repetitions=2)
+    kept.write_text(whole)
     bench.main(repetitions=2)
     table = pd.read_csv(tmp_path/"published"/f"bench-{bench.machine()}.csv")
     assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}

@@ -61,9 +61,9 @@ def alternate(
     file=None, # a CSV that keeps what is done; a second call goes on from it
     progress: bool=True, # show a progress bar
 ) -> pd.DataFrame: # one row a case and repetition, as `once`
-    "Runs all cases in turn, `repetitions` times, each in a process of its own. A case whose package is missing is left out with a word."
+    "Runs all cases in turn, `repetitions` times, each in a process of its own. A case whose package is missing is left out with a word. Raises `ProjectError` if `file` is not what was written."
     context, rows = get_context("spawn" if torch.cuda.is_available() else "forkserver"), [] # CUDA cannot be started in a fork
-    if file and Path(file).exists(): rows = pd.read_csv(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
+    if file and Path(file).exists(): rows = runs.read_table(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
     seen = {(r["benchmark"], r["case"], r["x"], r["repetition"]) for r in rows}
     if context.get_start_method() == "forkserver": context.set_forkserver_preload(["vae_diffusion.bench"])
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool, tqdm(total=len(cases)*repetitions, disable=not progress) as bar:
@@ -75,7 +75,7 @@ def alternate(
                 try: rows.append({"benchmark": benchmark, "case": case, "x": x, "repetition": i} | pool.submit(once, f, threads, arguments).result())
                 except (ImportError, paths.ProjectError) as e: bar.write(f"{benchmark}, {case}: left out ({e})")
                 if file and rows:
-                    with paths.whole(file) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
+                    with paths.whole(file, listed=True) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
     return pd.DataFrame(rows)
 
 # %% ../nbs/17_bench.ipynb #cell009
