@@ -49,6 +49,7 @@ def config(
 ) -> dict: # what the stage depends on
     "The part of the settings that decides what a stage computes, with what came before it."
     own = {k: getattr(s, k) for k in ["dataset", "n_train", "n_test"] + GROUPS.get(stage, [])}
+    if stage == "train_diffusion" and s.dm_muon_lr == Settings.dm_muon_lr: del own["dm_muon_lr"] # as for `rare` below
     if stage == "bank": own["weights"] = published_weights(s) if s.weights == "published" else config("train_diffusion", s)
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
@@ -217,7 +218,7 @@ def diffusion_of(
         torch.manual_seed(paths.seed_of("diffusion", s.dm_seed))
         net = diffusion.unet(dataset.shape[-1], dataset.shape[0], s.dm_widths, s.dm_layers, s.dm_dropout)
     return net.to(device()), diffusion.Recipe(
-        batch=s.dm_batch, lr=s.dm_lr, warmup_images=s.dm_warmup, decay_images=s.dm_decay, ema_halflife_images=s.dm_ema, p_mean=s.dm_p_mean, p_std=s.dm_p_std,
+        batch=s.dm_batch, lr=s.dm_lr, muon_lr=s.dm_muon_lr, warmup_images=s.dm_warmup, decay_images=s.dm_decay, ema_halflife_images=s.dm_ema, p_mean=s.dm_p_mean, p_std=s.dm_p_std,
         sigma_data=s.dm_sigma_data, precision="bfloat16" if s.dm_bf16 else "float32", seed=s.dm_seed)
 
 def vae_of(

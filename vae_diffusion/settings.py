@@ -30,8 +30,9 @@ class Settings:
     dm_images: int=2000 # training images seen by the diffusion model
     dm_batch: int=100 # its batch size
     dm_lr: float=0.002 # its Adam step size
-    dm_warmup: int=1000 # images over which the step size rises from 0
-    dm_decay: int=0 # images after which it falls as one over their square root; 0: never
+    dm_muon_lr: float=0. # step size of Muon, for its hidden weights; 0: Adam for all
+    dm_warmup: int=1000 # images over which the step sizes rise from 0
+    dm_decay: int=0 # images after which they fall as one over their square root; 0: never
     dm_p_mean: float=-1.2 # mean of ln sigma in its loss
     dm_p_std: float=1.2 # standard deviation of ln sigma in its loss
     dm_sigma_data: float=0.5 # standard deviation of the images in [-1,1]
@@ -92,7 +93,7 @@ class Settings:
 # %% ../nbs/12_settings.ipynb #cell007
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
            "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "activation": tuple(models.ACTIVATIONS), "normalisation": tuple(models.NORMALISATIONS), "likelihood": likelihoods.names}
-RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
+RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "dm_muon_lr": (0, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000), "steps": (2, 10_000), "dm_images": (1, 10**10), "dm_ema": (1, 10**10), "dm_snapshots": (1, 30), "dm_layers": (1, 32)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")} | {
           s: (1, 2**16) for s in ("dm_widths", "hidden", "latent", "nc", "mz")} | {"components": (1, 1000)}
