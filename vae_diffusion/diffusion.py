@@ -336,8 +336,10 @@ def load_state(
         ". Use another folder, or delete this one.")
     part = lambda name: {k[len(name)+1:]: v for k, v in tensors.items() if k.startswith(name + ".")}
     for name in ("net", "ema"): getattr(state, name).load_state_dict(part(name))
-    moments = {}
-    for k, v in part("adam").items(): moments.setdefault(int(k.split(".")[0]), {})[k.split(".")[1]] = v
+    moments, (group,) = {}, state.adam.param_groups
+    for k, v in part("adam").items():
+        i, name = k.split(".")
+        moments.setdefault(int(i), {})[name] = torch.empty_like(group["params"][int(i)]).copy_(v) if v.ndim else v # in the memory format of the weights
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
     for i, m in enumerate(state.muon.averages): m.copy_(tensors[f"muon.{i}"])
     state.total.copy_(tensors["total"])
