@@ -369,16 +369,17 @@ def train(
     checkpoint_seconds: float=300, # between two checkpoints; one is always written at the end
     evaluate=None, # called with the averaged network at each point of the curve, returns a dict of further columns
     progress: bool=True, # show a progress bar
-): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, ...}]
+): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, of the processor's time on a CPU, ...}]
     "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit."
     path, config = Path(folder)/"checkpoint.safetensors", configuration(net, images, levels, recipe)
     device = next(net.parameters()).device
+    clock = time.monotonic if device.type == "cuda" else time.process_time # other work on the machine does not count
     state, images = State(net, recipe, compiled=device.type == "cuda"), images.to(device)
     if path.exists(): load_state(state, path, config)
     if state.images >= images_seen + recipe.batch: raise paths.ProjectError(
         f"{path} has seen {state.images} images, more than the {images_seen} asked for. Ask for more, or use another folder.")
     with paths.stoppable() as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
-        began = saved = time.monotonic()
+        began, saved = clock(), time.monotonic()
         while state.images < images_seen:
             x = images[rows(state.steps, recipe.batch, len(images), recipe.seed).to(device)]
             state.step(2*to_unit(x, levels) - 1)
@@ -387,7 +388,7 @@ def train(
             save = state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds
             if not (log or save or asked): continue
             if device.type == "cuda": torch.cuda.synchronize(device) # its work is done, not only asked for
-            state.seconds += time.monotonic() - began
+            state.seconds += clock() - began
             if log:
                 state.log(evaluate(state.ema) if evaluate else {})
                 bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
@@ -396,5 +397,5 @@ def train(
                 save_state(state, path, config)
                 saved = time.monotonic()
             if stop: break
-            began = time.monotonic()
+            began = clock()
     return state.ema, state.curve

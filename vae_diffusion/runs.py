@@ -38,7 +38,7 @@ def reference(s: Settings) -> Settings: # of its training
 
 def published_weights(s: Settings) -> str: # digest
     "The digest of the published diffusion model: weights, network and noise levels. Raises `ProjectError` if there is none."
-    folder = paths.weights()/s.dataset
+    folder = paths.weights()/(s.dataset if s.weights == "published" else s.weights)
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
     if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make weights`")
     return digest(b"".join(f.read_bytes() for f in files))
@@ -50,7 +50,7 @@ def config(
     "The part of the settings that decides what a stage computes, with what came before it."
     own = {k: getattr(s, k) for k in ["dataset", "n_train", "n_test"] + GROUPS.get(stage, [])}
     if stage == "train_diffusion" and s.dm_muon_lr == Settings.dm_muon_lr: del own["dm_muon_lr"] # as for `rare` below
-    if stage == "bank": own["weights"] = published_weights(s) if s.weights == "published" else config("train_diffusion", s)
+    if stage == "bank": own["weights"] = config("train_diffusion", s) if s.weights == "trained" else published_weights(s)
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
         own |= {"method": s.method, "seed": s.seed} | {k: getattr(s, k) for name in (s.net, s.likelihood) for k in ONLY.get(name, [])}
@@ -259,9 +259,9 @@ def full_bank(s: Settings) -> SampleBank:
 
 def weights_folder(s: Settings) -> Path: # in diffusers' format
     "Where the diffusion model lies that the bank is sampled from. Raises `ProjectError` if there is none."
-    if s.weights == "published":
+    if s.weights != "trained":
         published_weights(s)
-        return paths.weights()/s.dataset
+        return paths.weights()/(s.dataset if s.weights == "published" else s.weights)
     run = Run("train_diffusion", s)
     read(run)
     return run.folder/"pipeline"

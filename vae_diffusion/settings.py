@@ -44,7 +44,7 @@ class Settings:
     dm_seed: int=0 # of its weights, data order and noise
     dm_judged: int=50 # training and test images on which its bound on log p is measured as it learns
     dm_snapshots: int=1 # kept of its weights: at the end, at half the images, at a quarter, and so on
-    weights: str="published" # diffusion model: the published one, or the one `train_diffusion` trains
+    weights: str="published" # diffusion model: the data set's published one, another of `data/weights` by its name, or `trained`, the one that `train_diffusion` trains
     solver: str="multistep" # of the sampler: heun, multistep (deterministic, as heun) or stochastic
     steps: int=10 # of that solver
     bank_bf16: bool=False # its network in bfloat16
@@ -91,7 +91,7 @@ class Settings:
         _together(self)
 
 # %% ../nbs/12_settings.ipynb #cell007
-CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
+CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods,
            "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "activation": tuple(models.ACTIVATIONS), "normalisation": tuple(models.NORMALISATIONS), "likelihood": likelihoods.names}
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "dm_muon_lr": (0, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
@@ -117,9 +117,11 @@ def _checked(name, value, kind):
 def _together(s):
     "Raises `ProjectError` for values that are each good but do not go together."
     halvings, side = len(s.dm_widths) - 1, IMAGE_SIDE[s.dataset]
+    models = ["published", "trained", *sorted(f.name for f in paths.weights().glob(f"{s.dataset}-*"))]
     for wrong, message in [
         (any(w % 8 for w in s.dm_widths), f"dm_widths is {list(s.dm_widths)}: each must be a multiple of 8, the groups of the normalisation"),
         (side % 2**halvings, f"dm_widths has {len(s.dm_widths)} entries, but images of {s.dataset}, {side} pixels wide, cannot be halved {halvings} times: give fewer"),
+        (s.weights not in models, f"weights is {s.weights!r}; choose one of {', '.join(models)}"),
         (s.dm_sigma_min >= s.dm_sigma_max, "dm_sigma_min must be below dm_sigma_max"),
         (s.net == "residual" and s.side % 4, f"side is {s.side}, but the residual network quarters it: choose a multiple of 4"),
         (s.likelihood == "bernoulli" and s.dataset != "binary_mnist", f"likelihood is bernoulli, for images of two levels, but dataset is {s.dataset}: choose another"),
