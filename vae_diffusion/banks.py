@@ -11,7 +11,7 @@ import numpy as np
 from pathlib import Path
 from tqdm import tqdm
 from . import paths
-from .data import in_parts, to_levels
+from .data import in_parts, rows_of, to_levels
 
 # %% ../nbs/05_banks.ipynb #cell008
 class SampleBank:
@@ -49,12 +49,11 @@ class SampleBank:
             f"Restore the file, or delete the folder {self.folder} and run the sample_bank notebook again.")
 
     def __getitem__(self,
-        rows, # an int, a slice, or an index tensor of any shape
-    ): # -> uint8 [*rows.shape,C,H,W]
-        "Images by row. Raises `ProjectError` if there are none, `IndexError` if a row is out of range."
+        index, # of rows, as in `data.rows_of`
+    ): # -> uint8 [...,C,H,W]
+        "Images by row, as NumPy means it. Raises `ProjectError` if there are none, `IndexError` for a row out of range or what is no index of rows."
         if not len(self): raise paths.ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        rows = rows_of(index, len(self))
         out = np.empty((*rows.shape, *self.manifest["identity"]["shape"]), np.uint8)
         which, row = np.divmod(rows, self.manifest["identity"]["shard"])
         for s in np.unique(which): out[which == s] = self.maps[s][row[which == s]]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['idx_files', 'idx_sizes', 'binary_mnist', 'fashion_mnist', 'cifar10', 'sources', 'names', 'to_unit', 'to_levels',
-           'pad', 'in_parts', 'some', 'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar', 'idx_parts',
-           'cifar_parts', 'download', 'unpack', 'fetch', 'load']
+           'pad', 'in_parts', 'rows_of', 'some', 'Dataset', 'digits', 'Source', 'md5_of', 'read', 'idx', 'cifar',
+           'idx_parts', 'cifar_parts', 'download', 'unpack', 'fetch', 'load']
 
 # %% ../nbs/01_data.ipynb #cell002
 import gzip, hashlib, math, os, tarfile, zlib
@@ -64,6 +64,19 @@ def in_parts(
             continue
         start += size
     return out
+
+# %% ../nbs/01_data.ipynb #21137617
+def rows_of(
+    index, # an int, slice, list, mask, or an array or tensor of any shape: whatever NumPy takes for one axis
+    n: int, # rows that there are
+) -> np.ndarray: # integers 0..n-1, shaped as NumPy would shape the result
+    "The rows that an index means. Raises `IndexError` for a row out of range, more than one axis, and whatever NumPy refuses."
+    if isinstance(index, torch.Tensor): index = index.numpy(force=True)
+    if isinstance(index, tuple): raise IndexError(f"{index} indexes {len(index)} axes, but only rows can be chosen here: index the images that they give")
+    if np.asarray(index).dtype.kind not in "iu": return np.arange(n)[index]
+    rows = np.asarray(index).astype(np.int64)
+    if rows.size and not -n <= rows.min() <= rows.max() < n: raise IndexError(f"rows {rows.min()} to {rows.max()} of {n}")
+    return np.where(rows < 0, rows + n, rows)
 
 # %% ../nbs/01_data.ipynb #cell012
 def some(

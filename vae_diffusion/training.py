@@ -15,7 +15,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 from tqdm import tqdm
 from . import augment
-from .data import pad, to_levels, to_unit
+from .data import pad, rows_of, to_levels, to_unit
 from .models import products
 from .paths import ProjectError, generator, load_tensors, save_tensors, stoppable
 
@@ -38,7 +38,8 @@ class Repeat:
         return self.orders[i]
 
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W], images `start` to `start+n` of the stream
-        "The images at positions `start` to `start+n`."
+        "The images at positions `start` to `start+n`. Raises `ValueError` if there are none."
+        if start < 0 or n < 1: raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
         N, parts = len(self.images), []
         while n:
             i, at = divmod(start, N)
@@ -87,14 +88,14 @@ class Mixture:
 methods = "normal", "aug_naive", "aug_tuned", "dmaapx"
 
 class First:
-    "The first `n` images of a bank, read when asked for, and zero-padded like the data set."
+    "The first `n` images of a bank, read when asked for, and zero-padded like the data set. Indexed as in `data.rows_of`."
     def __init__(self,
         images, # uint8 [≥ n,C,H,W], a bank say
         n, # how many of them
         side, # height and width after padding, pixels
     ): self.images,self.n,self.side = images,n,side
     def __len__(self): return self.n
-    def __getitem__(self, i): return pad(self.images[i], self.side)
+    def __getitem__(self, index): return pad(self.images[torch.from_numpy(rows_of(index, self.n))], self.side)
 
 def source(
     method, # one of `methods`
