@@ -13,7 +13,7 @@ from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from . import diffusion, paths
-from .data import to_levels, to_unit
+from .data import to_levels
 from .diffusion import Denoiser
 from .paths import ProjectError, digest
 
@@ -129,7 +129,7 @@ class EDMPipeline(DiffusionPipeline):
     ):
         "The images in the form that is asked for."
         if output_type == "latent": return x
-        images = to_unit(to_levels((x.float() + 1)/2, self.config.levels), self.config.levels)
+        images = to_levels((x.float() + 1)/2, self.config.levels).float()/(self.config.levels - 1)
         if output_type == "pt": return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
         return images if output_type == "np" else self.numpy_to_pil(images)
@@ -171,7 +171,7 @@ Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretr
 def pipeline_code() -> str: # Python
     "`EDMPipeline` and what it needs of this library, as one file that needs diffusers alone."
     from vae_diffusion import sampling # the module, for a class that a notebook defines has no source
-    parts = [ProjectError, digest, to_unit, to_levels, diffusion.coefficients, Denoiser,
+    parts = [ProjectError, digest, to_levels, diffusion.coefficients, Denoiser,
              sampling.heun, sampling.multistep, sampling.stochastic, sampling.EDMPipeline]
     return f'''"{sampling.EDMPipeline.__doc__}"
 import hashlib, json, torch

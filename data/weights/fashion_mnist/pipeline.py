@@ -17,21 +17,13 @@ def digest(
     return hashlib.sha256(obj).hexdigest()[:length]
 
 
-def to_unit(
-    x: torch.Tensor, # uint8 in 0..levels-1, any shape
-    levels: int, # how many values a pixel can take, 2..256
-) -> torch.Tensor: # float32 in [0,1]
-    "Levels to the unit interval. Raises `TypeError` unless `x` is uint8."
-    if x.dtype != torch.uint8: raise TypeError(f"to_unit: expected uint8, found {x.dtype}")
-    return x.float()/(levels-1)
-
-
 def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is floating point. Not for NaN."
+    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, `ValueError` if it holds NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
+    if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
 
 
@@ -165,7 +157,7 @@ class EDMPipeline(DiffusionPipeline):
     ):
         "The images in the form that is asked for."
         if output_type == "latent": return x
-        images = to_unit(to_levels((x.float() + 1)/2, self.config.levels), self.config.levels)
+        images = to_levels((x.float() + 1)/2, self.config.levels).float()/(self.config.levels - 1)
         if output_type == "pt": return images
         images = images.permute(0, 2, 3, 1).cpu().numpy()
         return images if output_type == "np" else self.numpy_to_pil(images)
