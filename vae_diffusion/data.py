@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['idx_files', 'idx_sizes', 'binary_mnist', 'fashion_mnist', 'cifar10', 'sources', 'names', 'check_levels', 'check_unit',
            'to_unit', 'to_levels', 'pad', 'in_parts', 'rows_of', 'some', 'Dataset', 'digits', 'Source', 'md5_of',
-           'read', 'idx', 'cifar', 'idx_parts', 'cifar_parts', 'download', 'unpack', 'fetch', 'load']
+           'read', 'idx', 'cifar', 'python_batch', 'idx_parts', 'cifar_parts', 'download', 'unpack', 'fetch', 'find',
+           'listing', 'load']
 
 # %% ../nbs/01_data.ipynb #cell002
-import gzip, hashlib, math, os, tarfile, zlib
+import gzip, hashlib, io, math, os, pickle, tarfile, zlib
 import numpy as np, pooch, torch
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -191,6 +192,7 @@ class Source:
     containers: dict # file to download -> its MD5
     files: dict # file to read -> (bytes, MD5), both of the uncompressed content
     parse: Callable # contents in the order of `files` -> train, train labels, test, test labels as arrays
+    also: tuple=() # other folders in which the files may lie
 
 # %% ../nbs/01_data.ipynb #cell030
 def md5_of(data: bytes) -> str:
@@ -203,15 +205,16 @@ def read(
     size: int, # its length uncompressed, bytes
     md5: str, # its MD5 uncompressed
     remedy: str="Replace it.", # what the user can do if it is not so
+    decode: Callable=None, # file's content -> published content, if it is not the same; raises `ValueError`
 ) -> bytes:
     "The uncompressed content of a file. Raises `ProjectError` unless it is exactly the expected one."
     try:
         if path.exists() and not path.is_file(): raise OSError("it is not a regular file")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = f.read(size+1)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = decode(f.read(2*size)) if decode else f.read(size+1)
         if len(data) == size and md5_of(data) == md5: return data
         found = f"MD5 {md5_of(data)}" if len(data) == size else f"{len(data):,} bytes" if len(data) < size else "more bytes"
     except FileNotFoundError: found = "no such file"
-    except (OSError, EOFError, zlib.error) as e: found = f"a file that cannot be read ({e})"
+    except (OSError, EOFError, ValueError, zlib.error) as e: found = f"a file that cannot be read ({e})"
     raise ProjectError(f"{path}: expected {size:,} bytes (uncompressed) with MD5 {md5}, found {found}. {remedy}")
 
 # %% ../nbs/01_data.ipynb #cell041
@@ -230,6 +233,25 @@ def cifar(data: bytes) -> tuple: # uint8 images [n,3,32,32], labels [n]
     rows = np.frombuffer(data, np.uint8).reshape(-1, 3073)
     if rows[:, 0].max() > 9: raise ValueError(f"not a CIFAR-10 batch: it has the label {rows[:, 0].max()}")
     return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
+
+# %% ../nbs/01_data.ipynb #447c47d6
+class _State: # in the place of an array and of its type
+    def __init__(self, *args): pass
+    def __setstate__(self, state): self.state = state
+
+class _Batch(pickle.Unpickler):
+    "Reads a pickle that holds arrays, numbers and text, without calling anything that it names."
+    def find_class(self, module, name):
+        if f"{module}.{name}" in ("numpy.core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"): return _State
+        raise ValueError(f"it names {module}.{name}")
+
+def python_batch(data: bytes) -> bytes: # as `cifar` takes it
+    "The binary batch that a pickled batch of CIFAR-10 stands for. Raises `ValueError` if it is none."
+    try:
+        batch = _Batch(io.BytesIO(data), encoding="bytes").load()
+        labels, pixels = (np.frombuffer(x, np.uint8) for x in (bytes(batch[b"labels"]), batch[b"data"].state[-1]))
+        return np.column_stack([labels, pixels.reshape(len(labels), 3072)]).tobytes()
+    except Exception as e: raise ValueError(f"no pickled batch of CIFAR-10: {e}") from e
 
 # %% ../nbs/01_data.ipynb #cell048
 def idx_parts(contents: list) -> tuple: # train, train labels, test, test labels
@@ -252,7 +274,7 @@ binary_mnist = Source("mnist", 2,
     dict(zip(idx_files, ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
         "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))),
     dict(zip(idx_files, zip(idx_sizes, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
-        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")))), idx_parts)
+        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")))), idx_parts, ("MNIST/raw", "raw"))
 
 # %% ../nbs/01_data.ipynb #cell052
 fashion_mnist = Source("fashion-mnist", 256,
@@ -260,7 +282,7 @@ fashion_mnist = Source("fashion-mnist", 256,
     dict(zip(idx_files, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
         "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
     dict(zip(idx_files, zip(idx_sizes, ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
-        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))), idx_parts)
+        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))), idx_parts, ("FashionMNIST/raw", "raw"))
 
 # %% ../nbs/01_data.ipynb #cell053
 cifar10 = Source("cifar-10-batches-bin", 256,
@@ -269,7 +291,7 @@ cifar10 = Source("cifar-10-batches-bin", 256,
     {f"{name}.bin": (30_730_000, md5) for name, md5 in {
         "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
         "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
-        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()}, cifar_parts)
+        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()}, cifar_parts, ("cifar-10-batches-py",))
 
 # %% ../nbs/01_data.ipynb #cell054
 sources = {"binary_mnist": binary_mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
@@ -324,19 +346,38 @@ def fetch(
         if file not in source.files: unpack(archive, source.files)
     return here
 
+# %% ../nbs/01_data.ipynb #e5ad5d70
+def find(
+    source: Source, # the data set
+    folder: Path, # that was named
+    file: str, # one of `source.files`
+) -> Path: # where it should be, if it is nowhere
+    "Where a file lies: in a folder of the data set or in the named one itself, under its own name or that of its content."
+    spots = [folder/place/name for place in (source.folder, *source.also, "") for name in (file, Path(file).stem)]
+    return next((path for path in spots if path.exists()), spots[0])
+
+def listing(folder: Path) -> str: # a sentence
+    "What lies in a folder."
+    try: lie = sorted(os.listdir(folder))
+    except OSError as e: return f"{folder} cannot be listed ({e.strerror})."
+    return f"In {folder} lie {', '.join(lie[:10]) + ', ...'*(len(lie) > 10) or 'no files'}."
+
 # %% ../nbs/01_data.ipynb #cell076
 def load(
     name: str, # one of `names`
-    folder=None, # holds the published files; default `VAE_DIFFUSION_DATA`, else they are downloaded (`digits` needs none)
+    folder=None, # holds the published files, as in `find`; default `VAE_DIFFUSION_DATA`, else they are downloaded (`digits` needs none)
 ) -> Dataset:
     "A data set, every file checked. Raises `ProjectError` if there is no such data set, or a file is missing or not the published one."
     if name not in names: raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(names)}.")
     if name == "digits": return digits()
     source, given = sources[name], folder or os.environ.get("VAE_DIFFUSION_DATA")
-    here = Path(given).expanduser().absolute()/source.folder if given else fetch(source)
-    remedy = "Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) to have it downloaded." if given else \
+    here = Path(given).expanduser().absolute() if given else fetch(source)
+    remedy = f"{listing(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) to have it downloaded." if given else \
         "Delete it and run the same command again."
-    train, train_labels, test, test_labels = source.parse([read(here/file, *known, remedy) for file, known in source.files.items()])
+    def content(file):
+        path = find(source, here, file) if given else here/file
+        return read(path, *source.files[file], remedy, python_batch if path.name != file and file.endswith(".bin") else None)
+    train, train_labels, test, test_labels = source.parse([content(file) for file in source.files])
     if source.levels == 2: train, test = train >= 128, test >= 128
     return Dataset(name, source.levels, *(torch.tensor(a, dtype=torch.uint8) for a in (train, test)),
         *(torch.tensor(a, dtype=torch.int64) for a in (train_labels, test_labels)))
