@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import partial
 import torch, torch.nn.functional as F
+from .data import check_unit
 from .paths import ProjectError
 
 # %% ../nbs/07_augment.ipynb #cell005
@@ -142,8 +143,8 @@ def augment(
     generator: torch.Generator, # all randomness comes from here; may live on another device than x
     policy: Policy, # what may happen
 ) -> torch.Tensor: # like x; a new tensor
-    "A random copy of each image (Karras et al. 2020, appendix B). Raises `TypeError` or `ValueError` if `x` is no batch of images."
-    if not x.is_floating_point(): raise TypeError(f"x must be floats in [0,1], not {x.dtype}: use data.to_unit")
+    "A random copy of each image (Karras et al. 2020, appendix B). Raises `ValueError` if `x` is no batch of images, or as `data.check_unit`."
+    check_unit(x)
     if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"x must be [n,1,H,W] or [n,3,H,W], not {list(x.shape)}")
     out, changes = x.clone(), draw(policy, len(x), generator)
     for columns, apply in ((slice(8), warp), (slice(8, 10 if x.shape[1] == 1 else 12), recolour)):

@@ -11,7 +11,7 @@ import numpy as np
 from pathlib import Path
 from tqdm import tqdm
 from . import paths
-from .data import in_parts
+from .data import in_parts, rows_of, to_levels
 
 # %% ../nbs/05_banks.ipynb #cell008
 class SampleBank:
@@ -49,12 +49,11 @@ class SampleBank:
             f"Restore the file, or delete the folder {self.folder} and run the sample_bank notebook again.")
 
     def __getitem__(self,
-        rows, # an int, a slice, or an index tensor of any shape
-    ): # -> uint8 [*rows.shape,C,H,W]
-        "Images by row. Raises `ProjectError` if there are none, `IndexError` if a row is out of range."
+        index, # of rows, as in `data.rows_of`
+    ): # -> uint8 [...,C,H,W]
+        "Images by row, as NumPy means it. Raises `ProjectError` if there are none, `IndexError` for a row out of range or what is no index of rows."
         if not len(self): raise paths.ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
-        rows = np.arange(len(self))[rows] if isinstance(rows, slice) else np.asarray(rows)
-        if rows.size and not 0 <= rows.min() <= rows.max() < len(self): raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        rows = rows_of(index, len(self))
         out = np.empty((*rows.shape, *self.manifest["identity"]["shape"]), np.uint8)
         which, row = np.divmod(rows, self.manifest["identity"]["shard"])
         for s in np.unique(which): out[which == s] = self.maps[s][row[which == s]]
@@ -63,18 +62,22 @@ class SampleBank:
 # %% ../nbs/05_banks.ipynb #cell011
 def fill(
     self: SampleBank,
-    pipe, # `pipe(generators, **sampler)` gives uint8 [n,C,H,W]; `pipe.identity()` gives a dict with "levels" and "shape"
+    pipe, # `pipe(n, generators, output_type="pt", **sampler).images` are [n,C,H,W] in [0,1]; `pipe.identity()` gives a dict with "levels" and "shape"
     count: int, # images wanted in the bank
     seed: int=0, # of the bank: image i is drawn with `paths.generator("bank", seed, i)`
     batch: int=256, # images drawn together, a divisor of `shard`
     shard: int=4096, # images in a file
     seconds: float=60, # between two writes of an unfinished shard
     progress: bool=True, # show a progress bar
-    **sampler, # further arguments of `pipe`, such as steps=10, solver="multistep"
+    **sampler, # further arguments of `pipe`, such as num_inference_steps=10, solver="multistep"
 ) -> SampleBank: # itself
     "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin, `ValueError` if `batch` does not divide `shard`."
     if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
-    identity = json.loads(json.dumps(pipe.identity() | {"sampler": sampler, "seed": seed, "batch": batch, "shard": shard}))
+    named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as every manifest names it
+    identity = json.loads(json.dumps(pipe.identity() | {"sampler": named, "seed": seed, "batch": batch, "shard": shard}))
+    def draw(rows):
+        generators = [paths.generator("bank", seed, i) for i in rows.tolist()]
+        return to_levels(pipe(len(rows), generators, output_type="pt", **sampler).images, identity["levels"]).cpu()
     with paths.alone(self.folder), paths.stoppable(at_once=True):
         self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
         was = self.manifest["identity"] or identity
@@ -89,7 +92,7 @@ def fill(
                 stop, new = min(start + shard, count), []
                 try:
                     for b in range(first, stop, batch):
-                        new += in_parts(lambda rows: pipe([paths.generator("bank", seed, i) for i in rows.tolist()], **sampler).cpu(), batch, torch.arange(b, b + batch))
+                        new += in_parts(draw, batch, torch.arange(b, b + batch))
                         bar.update(min(b + batch, stop) - max(b, len(self)))
                         if time.monotonic() - began > seconds: break
                 finally: # also when it is stopped

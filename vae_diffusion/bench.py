@@ -14,6 +14,7 @@ import os, re, shutil, tempfile, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -201,7 +202,9 @@ def sample_ours(solver="heun", steps=18, precision="float32", n=128):
     "Our pipeline."
     net = network()
     pipe = sampling.EDMPipeline(net, sampling.EDMDPMSolverMultistepScheduler(), 2)
-    calls, seconds = timed(lambda: pipe([paths.generator("bench", i) for i in range(n)], steps=steps, solver=solver, precision=precision), 1)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [paths.generator("bench", i) for i in range(n)]
+    calls, seconds = timed(lambda: pipe(n, generators, steps, "pt", solver=solver, precision=precision), 1)
     return calls*n, seconds, gflop_of(net, 2*steps - 1 if solver == "heun" else steps)
 
 def sample_ddim(steps=35, n=128):
@@ -281,7 +284,7 @@ def similarity(package, n=64, side=176): # packages refuse images that are small
 class Static: # instead of a diffusion model: makes images at once
     def __init__(self, side): self.side = side
     def identity(self): return {"levels": 2, "shape": [1, self.side, self.side]}
-    def __call__(self, generators): return (torch.rand(len(generators), 1, self.side, self.side, generator=generators[0]) < 0.2).to(torch.uint8)
+    def __call__(self, batch_size, generator, output_type): return SimpleNamespace(images=(torch.rand(batch_size, 1, self.side, self.side, generator=generator[0]) < 0.2).float())
 
 def growth(train=10_000, k=1, side=32, batch=100, width=512, steps=200):
     "Steps of training on a bank of random images."

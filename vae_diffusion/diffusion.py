@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 from . import paths
-from .data import to_unit
+from .data import check_levels, to_unit
 
 # %% ../nbs/04_diffusion.ipynb #cell005
 def unet(
@@ -91,14 +91,15 @@ def bound(
     batch: int=250, # images at a time
     progress: bool=False, # show a progress bar
 ): # -> float64 [n], nats per image, on the CPU
-    "Variational bound on -log p(image): Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 18, at continuous time."
+    "Variational bound on -log p(image): Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 18, at continuous time. Raises as `data.check_levels`."
+    check_levels(images, levels)
     device = next(iter(denoiser.parameters()), images).device
     span = math.log(sigma_max/sigma_min)
     values = 2*torch.arange(levels, device=device)/(levels - 1) - 1
     out = []
     for i, part in enumerate(tqdm(images.split(batch), disable=not progress, leave=False)):
         g = paths.generator("bound", seed, i)
-        n, y = len(part), 2*to_unit(part.to(device), levels) - 1
+        n, y = len(part), 2*to_unit(part.to(device), levels, check=False) - 1
         noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g).to(device)
         total = y.square().sum((1, 2, 3)).double()/(2*sigma_max**2)
         for j in range(draws):
@@ -370,7 +371,8 @@ def train(
     evaluate=None, # called with the averaged network at each point of the curve, returns a dict of further columns
     progress: bool=True, # show a progress bar
 ): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, of the processor's time on a CPU, ...}]
-    "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit."
+    "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit, else as `data.check_levels`."
+    check_levels(images, levels)
     path, config = Path(folder)/"checkpoint.safetensors", configuration(net, images, levels, recipe)
     device = next(net.parameters()).device
     clock = time.monotonic if device.type == "cuda" else time.process_time # other work on the machine does not count
@@ -382,7 +384,7 @@ def train(
         began, saved = clock(), time.monotonic()
         while state.images < images_seen:
             x = images[rows(state.steps, recipe.batch, len(images), recipe.seed).to(device)]
-            state.step(2*to_unit(x, levels) - 1)
+            state.step(2*to_unit(x, levels, check=False) - 1)
             bar.update(len(x))
             log = state.images//log_images > (state.images - len(x))//log_images
             save = state.images >= images_seen or time.monotonic() - saved > checkpoint_seconds

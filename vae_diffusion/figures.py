@@ -14,6 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from . import paths
+from .data import check_unit
 from .results import METHODS, difference, final, over_seeds, reported
 
 # %% ../nbs/15_figures.ipynb #cell005
@@ -238,13 +239,14 @@ def rows(
     title: str="", # over the figure
     size: float=.42, # inches per image
 ):
-    "Labelled rows of images, grey or colour."
+    "Labelled rows of images, grey or colour. Raises as `data.check_unit`."
+    for x in images.values(): check_unit(torch.as_tensor(x))
     n = max(len(x) for x in images.values())
     with mpl.rc_context(STYLE):
         fig, axes = plt.subplots(len(images), 1, figsize=(size*n + 1.3, (size + .04)*len(images) + (.3 if title else .05)), layout="constrained", squeeze=False)
         for ax, (label, x) in zip(axes[:, 0], images.items()):
             x = torch.nn.functional.pad(torch.as_tensor(x).float().cpu(), (0, 1, 0, 0), value=1.)
-            strip = x.permute(2, 0, 3, 1).flatten(1, 2).clamp(0, 1)
+            strip = x.permute(2, 0, 3, 1).flatten(1, 2)
             ax.imshow(strip.squeeze(-1), vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center", fontsize=7)
@@ -256,5 +258,6 @@ def nearest(
     x, # [n,C,H,W] in [0,1]
     train, # [N,C,H,W] in [0,1]
 ) -> tuple: # distances [n], indices [n] into `train`
-    "Euclidean distance to, and index of, the nearest training image."
+    "Euclidean distance to, and index of, the nearest training image. Raises as `data.check_unit`."
+    for images in x, train: check_unit(images)
     return torch.cdist(x.flatten(1), train.flatten(1)).min(1)

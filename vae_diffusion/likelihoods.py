@@ -10,15 +10,19 @@ __all__ = ['names', 'Likelihood', 'noise', 'log_choose', 'Binomial', 'Bernoulli'
 import math, torch
 from dataclasses import dataclass
 from torch.nn.functional import binary_cross_entropy_with_logits as bce, logsigmoid
+from .data import check_levels, check_unit
 from .paths import ProjectError
 
 # %% ../nbs/02_likelihoods.ipynb #cell005
 class Likelihood:
-    "A distribution over images. A family sets `shape`, that of the images, and defines `log_pixels`, `mean` and `sample`."
+    "A distribution over images. A family sets `shape` and `levels` of the images, and defines `log_pixels`, `mean` and `sample`."
+    levels = None # of a pixel: all of [0,1]
     def log_prob(self,
-        x: torch.Tensor, # [n,C,H,W] in [0,1]; a discrete family takes the nearest level
+        x: torch.Tensor, # [n,C,H,W] in [0,1]; for a discrete family on its levels
+        check: bool=True, # look whether the values of `x` are so
     ) -> torch.Tensor: # [n], nats
-        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` if `x` has another shape."
+        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` if `x` has another shape, or as `data.check_unit`."
+        if check: check_unit(x, self.levels)
         if x.shape != self.shape: raise ValueError(f"images of shape {tuple(self.shape)} expected, found {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False): return self.log_pixels(x.float()).flatten(1).sum(1)
 
@@ -47,7 +51,7 @@ class Binomial(Likelihood):
     def __init__(self,
         logits: torch.Tensor, # [n,C,H,W], logit of one success
         levels: int=17, # number of levels: trials + 1
-    ): self.logits, self.total, self.shape = logits.float(), levels - 1, logits.shape
+    ): self.logits, self.levels, self.total, self.shape = logits.float(), levels, levels - 1, logits.shape
     def log_pixels(self, x): # [n,C,H,W] -> [n,C,H,W], nats
         k = (x*self.total).round()
         p = -self.total*bce(self.logits, k/self.total, reduction="none")
@@ -164,6 +168,13 @@ class Family:
     @property
     def n_out(self): # channels of the decoder's output
         return mol_outputs(self.channels, self.components) if self.name == "mol" else self.channels
+    def check(self,
+        images: torch.Tensor, # uint8 [n,C,H,W] in 0..levels-1
+        levels: int, # number of levels of a pixel
+    ):
+        "Raises `ValueError` if the likelihood is that of another number of levels, or as `data.check_levels`."
+        check_levels(images, levels)
+        if self.name != "gaussian" and self.levels != levels: raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32

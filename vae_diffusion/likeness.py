@@ -8,6 +8,7 @@ __all__ = ['weights', 'blur', 'ssim', 'ms_ssim']
 # %% ../nbs/10_likeness.ipynb #cell002
 import torch
 from torch.nn.functional import avg_pool2d, conv2d
+from .data import check_unit
 
 # %% ../nbs/10_likeness.ipynb #cell005
 weights = .0448, .2856, .3001, .2363, .1333 # of the five levels, fine to coarse
@@ -30,7 +31,8 @@ def ssim(
     window: int, # side of the window, pixels
     sigma: float, # of the Gaussian, pixels
 ) -> tuple: # [m], [m]
-    "SSIM and its contrast-structure factor, averaged over each image (Wang et al. 2004, eq. 13)."
+    "SSIM and its contrast-structure factor, averaged over each image (Wang et al. 2004, eq. 13). Raises as `data.check_unit`."
+    for t in x, y: check_unit(t)
     mx, my, xx, yy, xy = blur(torch.cat([x, y, x*x, y*y, x*y]), window, sigma).chunk(5)
     cs = (2*(xy - mx*my) + .03**2)/(xx - mx**2 + yy - my**2 + .03**2)
     full = cs*(2*mx*my + .01**2)/(mx**2 + my**2 + .01**2)
@@ -44,7 +46,8 @@ def ms_ssim(
     sigma: float=1.5, # of the Gaussian, pixels
     coarse: int=1, # how often the coarsest level counts: 1 as published, 4 as in the code of Kuzina et al.
 ) -> torch.Tensor: # float64 [n], in [0,1]
-    "Multi-scale structural similarity (Wang et al. 2003) of images of any size. Raises `ValueError` if the shapes differ."
+    "Multi-scale structural similarity (Wang et al. 2003) of images of any size. Raises `ValueError` if the shapes differ, or as `data.check_unit`."
+    for t in x, y: check_unit(t)
     if x.shape != y.shape: raise ValueError(f"images of one shape are compared, found {list(x.shape)} and {list(y.shape)}")
     n, result = len(x), 1
     x, y = (t.double().flatten(0, 1)[:, None] for t in (x, y))

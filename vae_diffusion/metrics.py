@@ -13,10 +13,10 @@ import math, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
 from torch.distributions import Normal, kl_divergence
-from .data import in_parts, to_unit
+from .data import check_unit, in_parts, to_unit
 from .intervals import Interval, bootstrap, interval, resampled, spread
 from .likeness import ms_ssim
-from .models import products
+from .models import products, trusting
 from .paths import generator
 
 # %% ../nbs/11_metrics.ipynb #cell005
@@ -50,7 +50,7 @@ def posteriors(
 ) -> Normal: # of [N,L,...], on the model's device
     "The encoder's q(z|x) of every image."
     device = next(vae.parameters()).device
-    q = in_parts(lambda x: vae.encode(to_unit(x.to(device), levels)), batch, images)
+    q = in_parts(lambda x: vae.encode(to_unit(x.to(device), levels, check=False)), batch, images)
     return Normal(torch.cat([p.loc for p in q]), torch.cat([p.scale for p in q]), validate_args=False)
 
 # %% ../nbs/11_metrics.ipynb #cell009
@@ -62,7 +62,7 @@ def likelihoods(
     batch: int, # images per forward pass
 ) -> torch.Tensor: # float64 [N], nats, on the model's device
     "log p(x|z) of every image."
-    return torch.cat(in_parts(lambda x, z: vae.log_likelihood(to_unit(x.to(z.device), levels), z).double(), batch, images, z))
+    return torch.cat(in_parts(lambda x, z: vae.log_likelihood(to_unit(x.to(z.device), levels, check=False), z).double(), batch, images, z))
 
 def noise_like(
     q: Normal, # gives shape and device
@@ -81,8 +81,9 @@ def elbo(
     batch: int=None, # images per forward pass; None: `at_once`
     seed: int=0, # of the evaluation noise
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "ELBO of each image in evaluation mode (Kingma and Welling 2014, eq. 10); the same noise for every model."
-    with evaluating(vae):
+    "ELBO of each image in evaluation mode (Kingma and Welling 2014, eq. 10); the same noise for every model. Raises as `Family.check`."
+    vae.family.check(images, levels)
+    with evaluating(vae), trusting(vae):
         batch = batch or at_once(vae, images)
         q = posteriors(vae, images, levels, batch)
         z = (q.loc + q.scale*noise_like(q, "elbo", seed, k) for k in range(samples))
@@ -99,8 +100,9 @@ def iwae(
     batch: int=None, # images per forward pass; None: `at_once`
     seed: int=0, # of the evaluation noise, the same stream as `elbo`'s
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "Importance-weighted bound on log p(x) of each image (Burda et al. 2016, eq. 8)."
-    with evaluating(vae):
+    "Importance-weighted bound on log p(x) of each image (Burda et al. 2016, eq. 8). Raises as `Family.check`."
+    vae.family.check(images, levels)
+    with evaluating(vae), trusting(vae):
         batch = batch or at_once(vae, images)
         q = posteriors(vae, images, levels, batch)
         total = torch.tensor(-torch.inf)
@@ -186,7 +188,7 @@ def averaged(vae, x, mean, log_var, samples, g): # as in `elbo_of`; number of sa
 def one_batch(vae, images, levels, steps, samples, lr, final, seed, i): # as in `amortization_gap`; number of the batch
     "ELBO of the encoder's q [n], of q* [n], trace [steps,2,n], whether the prior was the better start [n]."
     q = posteriors(vae, images, levels, len(images))
-    x = to_unit(images.to(q.loc.device), levels)
+    x = to_unit(images.to(q.loc.device), levels, check=False)
     with products("medium"): mean, log_var, trace = search(vae, x, q, steps, samples, lr, generator("search", seed, i))
     prior = averaged(vae, x, mean, log_var, 1 + final//4, generator("choose", seed, i)).argmax(0) == 1
     best = [torch.where(prior.view(-1, *[1]*(t.ndim - 2)), t[1], t[0]) for t in (mean, log_var)]
@@ -205,9 +207,10 @@ def amortization_gap(
     batch: int=None, # images optimised at once; None: `at_once`
     seed: int=0, # of all noise
 ) -> AmortizationGap:
-    "ELBO with the best factorised Gaussian per image against the encoder's (Cremer et al. 2018). Raises `ValueError` for odd `samples`."
+    "ELBO with the best factorised Gaussian per image against the encoder's (Cremer et al. 2018). Raises `ValueError` for odd `samples`, or as `Family.check`."
+    vae.family.check(images, levels)
     if samples < 2 or samples % 2: raise ValueError(f"samples come in antithetic pairs: {samples} is not an even number of 2 or more")
-    with evaluating(vae):
+    with evaluating(vae), trusting(vae):
         parts = [one_batch(vae, x, levels, steps, samples, lr, final, seed, i) for i, x in enumerate(images.split(batch or at_once(vae, images, 2*samples)))]
     q, star, trace, prior = (torch.cat(p, -1).cpu() for p in zip(*parts))
     return AmortizationGap(q, star, trace.mean(-1), prior)
@@ -258,11 +261,11 @@ def attack(
     delta: float=.1, # radius of the ball, in the unit of x
     seed: int=0, # of the starts
 ) -> Attack:
-    "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises `ValueError` if x leaves [0,1]."
-    if x.min() < 0 or x.max() > 1: raise ValueError("the images leave the pixel range [0,1]")
+    "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises as `data.check_unit`."
+    check_unit(x)
     start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed)).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
-    with evaluating(vae):
+    with evaluating(vae), trusting(vae):
         with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta)
         with torch.no_grad(): kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (within(x, start, delta), x_a))
     return Attack(*(t.unflatten(0, (-1, restarts)) for t in (x_a, kl_start, kl)))
@@ -329,7 +332,7 @@ def robustness_of(
     seed: int=0, # of the reconstructions
     similarity=ms_ssim, # two [m,C,H,W] -> [m]
 ) -> RobustnessGap:
-    "MS-SSIM of inputs and of reconstructions for attacked images that are already there."
+    "MS-SSIM of inputs and of reconstructions for attacked images that are already there. Raises as `data.check_unit`."
     n, r = x_a.shape[:2]
     many = lambda t: t.repeat_interleave(r, 0)
     score = lambda a, b: similarity(a, b).view(n, r).mean(1).cpu()

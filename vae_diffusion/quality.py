@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 from . import metrics, paths
-from .data import Dataset, pad, to_unit
+from .data import Dataset, check_levels, pad, to_unit
 from .figures import COLORS, STYLE, nearest
 from .runs import row
 
@@ -47,7 +47,7 @@ def run(
     levels: int, # of a pixel
 ) -> torch.Tensor: # float32 [n,...]
     "What the network makes of images, in bfloat16."
-    with torch.autocast(images.device.type, torch.bfloat16): return net(2*to_unit(images, levels) - 1).float()
+    with torch.autocast(images.device.type, torch.bfloat16): return net(2*to_unit(images, levels, check=False) - 1).float()
 
 def learn(
     name: str, # of what is learnt: initial weights and order depend on it
@@ -62,7 +62,8 @@ def learn(
     device="cpu", # where to train
     progress: bool=False, # show a progress bar
 ) -> nn.Module: # a `classifier`, in eval mode
-    "Trains a small classifier."
+    "Trains a small classifier. Raises as `data.check_levels`."
+    check_levels(images, levels)
     with torch.random.fork_rng():
         torch.manual_seed(paths.seed_of(name, seed))
         net = classifier(images.shape[1], classes=classes).to(device)
@@ -87,7 +88,8 @@ def two_sample(
     epochs: int=5, # passes over the first halves, on which the classifier is trained
     **how, # other parameters of `learn`
 ) -> torch.Tensor: # float64, one value for each image of the second halves: 1 if it was told right, else 0
-    "Classifier two-sample test (Lopez-Paz and Oquab 2017). Raises `ValueError` if the images differ in shape."
+    "Classifier two-sample test (Lopez-Paz and Oquab 2017). Raises `ValueError` if the images differ in shape, or as `data.check_levels`."
+    for x in a, b: check_levels(x, levels)
     if a.shape[1:] != b.shape[1:]: raise ValueError(f"images of one shape are compared, found {list(a.shape[1:])} and {list(b.shape[1:])}")
     cut = lambda part: torch.cat([part(a), part(b)])
     labels = lambda n, m: torch.arange(n + m) >= n
@@ -113,7 +115,8 @@ def features(
     images: torch.Tensor, # uint8 [n,C,H,W]
     levels: int, # of a pixel
 ) -> torch.Tensor: # float32 [n,d], on the CPU
-    "What the classifier's last layer is given."
+    "What the classifier's last layer is given. Raises as `data.check_levels`."
+    check_levels(images, levels)
     device = next(net.parameters()).device
     with torch.no_grad(): return torch.cat([run(net[:-1], part.to(device), levels).cpu() for part in images.split(500)])
 
@@ -138,7 +141,7 @@ def measure(
     epochs: int=5, # of the two-sample test
     progress: bool=False, # show progress bars
 ) -> list: # of results
-    "Distance to the nearest training image, two-sample test and Fréchet distance against training images, and the ELBO of a VAE. The distance is that of the first 2,000."
+    "Distance to the nearest training image, two-sample test and Fréchet distance against training images, and the ELBO of a VAE. The distance is that of the first 2,000. Raises as `data.check_levels`."
     device, unit = next(vae.parameters()).device, lambda x: to_unit(x, dataset.levels)
     real = dataset.train[torch.randperm(len(dataset.train), generator=paths.generator("real"))[:len(images)]]
     told = two_sample(images, real, dataset.levels, epochs, device=device, progress=progress)

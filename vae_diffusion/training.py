@@ -15,8 +15,8 @@ from torch.func import functional_call, grad_and_value
 from torch.optim.adam import adam
 from tqdm import tqdm
 from . import augment
-from .data import pad, to_levels, to_unit
-from .models import products
+from .data import pad, rows_of, to_levels, to_unit
+from .models import products, trusting
 from .paths import ProjectError, generator, load_tensors, save_tensors, stoppable
 
 # %% ../nbs/08_training.ipynb #cell005
@@ -38,7 +38,8 @@ class Repeat:
         return self.orders[i]
 
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W], images `start` to `start+n` of the stream
-        "The images at positions `start` to `start+n`."
+        "The images at positions `start` to `start+n`. Raises `ValueError` if there are none."
+        if start < 0 or n < 1: raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
         N, parts = len(self.images), []
         while n:
             i, at = divmod(start, N)
@@ -87,14 +88,14 @@ class Mixture:
 methods = "normal", "aug_naive", "aug_tuned", "dmaapx"
 
 class First:
-    "The first `n` images of a bank, read when asked for, and zero-padded like the data set."
+    "The first `n` images of a bank, read when asked for, and zero-padded like the data set. Indexed as in `data.rows_of`."
     def __init__(self,
         images, # uint8 [≥ n,C,H,W], a bank say
         n, # how many of them
         side, # height and width after padding, pixels
     ): self.images,self.n,self.side = images,n,side
     def __len__(self): return self.n
-    def __getitem__(self, i): return pad(self.images[i], self.side)
+    def __getitem__(self, index): return pad(self.images[torch.from_numpy(rows_of(index, self.n))], self.side)
 
 def source(
     method, # one of `methods`
@@ -177,7 +178,7 @@ def whole_step(
     "One step of Adam on the ELBO, to be compiled."
     def negative_elbo(p):
         b = {n: t.clone() for n, t in buffers.items()} # functions that are differentiated may change only what they made
-        return -functional_call(vae, (p, b), (to_unit(x, levels),), {"e": e}).mean(), b
+        return -functional_call(vae, (p, b), (to_unit(x, levels, check=False),), {"e": e}).mean(), b
     grads, (loss, b) = grad_and_value(negative_elbo, has_aux=True)(params)
     for n, t in buffers.items(): t.copy_(b[n])
     for p, g, m, v in zip(params.values(), grads.values(), opt.m, opt.v):
@@ -232,7 +233,7 @@ def stepper(vae, opt, levels, compile): # as in `whole_step` and `fit`
     "A function of images uint8 and noise that makes one step and returns the loss."
     if not compile:
         def step(x, e):
-            loss = -vae.elbo(to_unit(x, levels), e=e).mean()
+            loss = -vae.elbo(to_unit(x, levels, check=False), e=e).mean()
             loss.backward()
             opt.step()
             return loss
@@ -263,7 +264,7 @@ def fit(
     decay: bool=False, # the step size falls linearly to 0 at the last step
     progress: bool=True, # show a progress bar
 ) -> Fit:
-    "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint, `ValueError` if the VAE does not know its `latent_shape`."
+    "Maximises the ELBO, resuming from `folder`. Raises `ProjectError` on a loss that is not finite or a foreign checkpoint, `ValueError` if the VAE does not know its `latent_shape`, or as `Family.check`."
     if vae.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to train it")
     device = next(vae.parameters()).device
     opt = Adam(vae.parameters(), lr)
@@ -273,12 +274,14 @@ def fit(
     step = stepper(vae, opt, levels, compile)
     saved, held = time.monotonic(), None
     vae.train()
-    with stoppable() as asked, tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
+    with trusting(vae), stoppable() as asked, tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
         for epoch in sorted({e for e in at if 0 < e < epochs} | {epochs}):
             while state.step < done(epoch) and not asked:
                 start, losses = time.perf_counter(), []
                 i, first = divmod(state.step, STEPS)
-                if held != i: pairs, held = block(vae, source, i, batch, seed, device), i
+                if held != i:
+                    pairs, held = block(vae, source, i, batch, seed, device), i
+                    vae.family.check(pairs[0][0], levels)
                 with products("medium"):
                     for x, e in pairs[first:first + done(epoch) - state.step]:
                         if decay: opt.lr = lr*(1 - (state.step + len(losses))/done(epochs))
