@@ -24,7 +24,7 @@ only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error
 $(call only,weights,cpu)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture lab figures study bench weights readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test torture mutants lab figures study bench weights readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -38,6 +38,9 @@ torture: $(BIN)/ready  ## every fault that the project must survive, at full len
 	@mkdir -p build && rm -f build/reliability.csv
 	TORTURE=build/reliability.csv $(BIN)/python -m pytest -q tests/test_5_reliability.py
 	mv build/reliability.csv data/reliability.csv
+
+mutants: $(BIN)/ready  ## every fault of tests/mutants.toml, put in and noticed by a test: data/mutants.csv; with FAULT="augment flip" some of them
+	$(BIN)/python tests/mutants.py $(if $(FAULT),build/mutants.csv,data/mutants.csv) $(FAULT)
 
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
 	$(BIN)/jupyter lab --allow-root --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
