@@ -75,12 +75,11 @@ def fill(
     "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin, `ValueError` if `batch` does not divide `shard`."
     if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
     identity = json.loads(json.dumps(pipe.identity() | {"sampler": sampler, "seed": seed, "batch": batch, "shard": shard}))
+    self._same(identity)
+    if 0 < count <= len(self): return self
     with paths.alone(self.folder), paths.stoppable(at_once=True):
         self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
-        was = self.manifest["identity"] or identity
-        if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
-            ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
-            ". Ask for the same, or use another folder.")
+        self._same(identity)
         if not self.manifest["identity"]: self._keep([], 0, 0., identity) # before the first shard, which would be refused without
         self._tidy()
         with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
@@ -108,6 +107,13 @@ def _add(self: SampleBank, start, images, identity, seconds):
     self.maps[len(kept):] = [np.load(path, mmap_mode="r")]
     self._tidy()
 
+def _same(self: SampleBank, identity):
+    "Raises `ProjectError` if the bank holds samples of another identity."
+    was = self.manifest["identity"] or identity
+    if was != identity: raise paths.ProjectError(f"The bank {self.folder} holds other samples: " +
+        ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
+        ". Ask for the same, or use another folder.")
+
 def _keep(self: SampleBank, shards, count, seconds, identity):
     "Writes the manifest."
     self.manifest = {"count": count, "seconds": round(seconds, 3), "identity": identity, "shards": shards}
@@ -117,6 +123,7 @@ def _tidy(self: SampleBank):
     "Removes shards that the manifest does not name, and what a killed process was writing."
     names = {s["file"] for s in self.manifest["shards"]}
     for f in [*self.folder.glob("*.npy"), *self.folder.glob(".*.tmp")]:
-        if f.name not in names: f.unlink(missing_ok=True)
+        if f.name not in names:
+            with paths.writing(f): f.unlink(missing_ok=True)
 
-SampleBank.fill, SampleBank._add, SampleBank._keep, SampleBank._tidy = fill, _add, _keep, _tidy
+SampleBank.fill, SampleBank._add, SampleBank._same, SampleBank._keep, SampleBank._tidy = fill, _add, _same, _keep, _tidy

@@ -10,7 +10,7 @@ __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'confi
            'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
-import ctypes, json, platform, shutil, time
+import ctypes, json, os, platform, shutil, time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -92,7 +92,7 @@ class Run:
     def results(self): return self.folder/"metrics.csv"
 
     @property
-    def done(self): return self.results.exists()
+    def done(self): return os.path.exists(self.results) # where `Path.exists` raises, it is not
 
 # %% ../nbs/13_runs.ipynb #cell033
 def keep_memory():
@@ -110,12 +110,12 @@ def open_run(
     run = Run(stage, settings)
     if not run.done: paths.hold(run.folder)
     file, stored = run.folder/"config.json", None
-    if file.exists():
+    if os.path.exists(file):
         try: stored = json.loads(file.read_text())["config"]
         except OSError as e: raise ProjectError(f"{file} cannot be read ({e.strerror or e}): make it readable and run again") from e
         except (ValueError, KeyError, TypeError): pass
         if stored != run.config: raise ProjectError(f"{file} does not hold the configuration of run {run.name}: delete the folder and run again")
-    else: paths.write_text(file, json.dumps({"config": run.config, "settings": asdict(settings), "environment": environment()}, indent=1))
+    elif not run.done: paths.write_text(file, json.dumps({"config": run.config, "settings": asdict(settings), "environment": environment()}, indent=1))
     return run
 
 def hardware(
