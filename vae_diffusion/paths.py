@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['ProjectError', 'named', 'cache', 'root', 'weights', 'published', 'figures', 'runs', 'writing', 'share', 'whole',
            'write_text', 'lock', 'hold', 'release', 'alone', 'stoppable', 'digest', 'file_digest', 'listed', 'enlist',
-           'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of', 'generator', 'save_tensors', 'load_tensors']
+           'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of', 'generator', 'nth_generator',
+           'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_paths.ipynb #cell002
 import fcntl, hashlib, json, os, signal, tempfile, threading
 from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
+import numpy as np
 import pooch, torch, vae_diffusion
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -240,11 +242,13 @@ def whole_folder(folder): # to write, replaced if it exists
             new.rename(folder)
 
 # %% ../nbs/00_paths.ipynb #cell026
+def _hashed(parts, digits): return int(digest([p if isinstance(p, str) else index(p) for p in parts], digits), 16)
+
 def seed_of(
     *parts, # integers and names that together identify the stream
 ) -> int: # 0 ≤ seed < 2^63
     "One integer seed from several parts, the same in every process. Raises `TypeError` for a part that is neither."
-    return int(digest([p if isinstance(p, str) else index(p) for p in parts], 16), 16) >> 1
+    return _hashed(parts, 16) >> 1
 
 def generator(
     *parts, # as in `seed_of`
@@ -252,6 +256,19 @@ def generator(
 ) -> torch.Generator:
     "A random generator of its own for the stream that `parts` identify."
     return torch.Generator(device).manual_seed(seed_of(*parts))
+
+# %% ../nbs/00_paths.ipynb #30bd943f
+def nth_generator(
+    n: int, # 0 ≤ n < 2^128, the number of the item
+    *parts, # of the stream of all items, as in `seed_of`
+) -> torch.Generator: # on the CPU
+    "A random generator for one of very many items, no two of which start from the same state: Philox4x64 (Salmon et al. 2011) draws the state of a Mersenne Twister."
+    bits = np.random.Philox(key=_hashed(parts, 32), counter=index(n) << 128).random_raw(312)
+    g = torch.Generator()
+    state = g.get_state() # a header of 24 bytes, then 624 words of 32 bits, each in 8 bytes
+    state.numpy()[24:24 + 624*8].view(np.uint64)[:] = np.concatenate([bits & 0xffffffff, bits >> 32])
+    g.set_state(state)
+    return g
 
 # %% ../nbs/00_paths.ipynb #cell029
 def save_tensors(

@@ -50,6 +50,7 @@ def config(
     "The part of the settings that decides what a stage computes, with what came before it."
     own = {k: getattr(s, k) for k in ["dataset", "n_train", "n_test"] + GROUPS.get(stage, [])}
     if stage == "bank": own["weights"] = published_weights(s) if s.weights == "published" else config("train_diffusion", s)
+    if stage == "bank" and s.bank_noise != "seeded": own["bank_noise"] = s.bank_noise # the published banks are older than the choice
     if stage == "sample_bank": own |= {"k": max(s.k, *s.ks), "bank": config("bank", s)}
     if stage == "train_vae":
         own |= {"method": s.method, "seed": s.seed} | {k: getattr(s, k) for name in (s.net, s.likelihood) for k in ONLY.get(name, [])}

@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'RANGES', 'IMAGE_SIDE', 'Settings', 'settings_of', 'params
 import difflib
 from dataclasses import dataclass, fields
 import yaml
-from . import data, likelihoods, models, paths
+from . import banks, data, likelihoods, models, paths
 from .paths import ProjectError
 from .training import methods
 
@@ -48,6 +48,7 @@ class Settings:
     steps: int=10 # of that solver
     bank_bf16: bool=False # its network in bfloat16
     bank_seed: int=0 # image i of the bank depends on it and i
+    bank_noise: str="counter" # how its noise does: counter, or seeded as in the published banks
     gate_images: int=50 # samples, and real images, by which a diffusion model is judged
     gate_epochs: int=2 # two-sample test: passes over them
     gate_reference: int=2 # effective epochs of the VAE, trained on real images, that judges samples
@@ -91,7 +92,7 @@ class Settings:
 
 # %% ../nbs/12_settings.ipynb #cell007
 CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": methods, "methods": methods, "weights": ("published", "trained"),
-           "solver": ("heun", "multistep", "stochastic"), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "activation": tuple(models.ACTIVATIONS), "normalisation": tuple(models.NORMALISATIONS), "likelihood": likelihoods.names}
+           "solver": ("heun", "multistep", "stochastic"), "bank_noise": tuple(banks.NOISE), "dm_schedule": ("karras", "exponential"), "net": ("fully_connected", "residual"), "activation": tuple(models.ACTIVATIONS), "normalisation": tuple(models.NORMALISATIONS), "likelihood": likelihoods.names}
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000), "steps": (2, 10_000), "dm_images": (1, 10**10), "dm_ema": (1, 10**10), "dm_snapshots": (1, 30), "dm_layers": (1, 32)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")} | {
