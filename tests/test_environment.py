@@ -125,3 +125,13 @@ def test_the_data_folder_is_found_from_everywhere(tmp_path, monkeypatch):
     with pytest.raises(ProjectError, match=f"^{Path.home()}/no such data/mnist"): data.load("binary_mnist")
     monkeypatch.setenv("VAE_DIFFUSION_DATA", "no such data")
     with pytest.raises(ProjectError, match=f"^{ROOT}/no such data/mnist"): data.load("binary_mnist")
+
+
+def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path):
+    env = os.environ | {"CXX": "/none/g++", "VAE_DIFFUSION_RUNS": str(tmp_path / "runs")}
+    alone = ["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", "-p", "compile", "true", "-p", "method", "dmaapx", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb"]
+    whole = ["make", "reproduce", "DATASET=binary_mnist"]
+    for command in alone, whole:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode and "the C++ compiler /none/g++ cannot be used: No such file or directory. Install one" in done.stderr
+    assert not (tmp_path / "runs").exists()
