@@ -8,7 +8,7 @@ README ?= README.md
 PAGE ?= nbs/index.ipynb
 PART ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
@@ -29,7 +29,6 @@ $(call only,figures,cpu or paper)
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
 	@$(SNAKEMAKE) --forcerun report -- report
-	@cat "$${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md"
 
 test: $(BIN)/ready  ## everything that CI checks
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests

@@ -310,7 +310,7 @@ def test_a_disk_that_may_not_be_written(small_disk, tmp_path, record):
 
 
 WRONG = {int: [-10**9, 10**18, 2.5, "many", None, [1], {"a": 1}], float: [float("nan"), -1e9, 1e12, "much", None, [1.], {"a": 1}],
-         bool: ["false", 2, None, []], str: ["nonsense", "", 3, None, ["normal"]], list: [[], 3, "text", [-1], [None], ["nonsense"], None]}
+         bool: ["no", 2, None, []], str: ["nonsense", "", 3, None, ["normal"]], list: [[], 3, "text", [-1], [None], ["nonsense"], None]}
 
 
 @pytest.mark.parametrize("page", tracked("nbs/experiments/*.ipynb"))

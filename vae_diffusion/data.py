@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from torch.nn import functional as F
 from tqdm import tqdm
-from .paths import ProjectError, alone, cache, seed_of, whole
+from .paths import ProjectError, alone, cache, named, root, seed_of, whole
 
 # %% ../nbs/01_data.ipynb #446a2c1f
 def check_levels(
@@ -306,6 +306,9 @@ def download(
     retries: int=1, # further tries at each mirror, a second or more apart
 ) -> Path: # the container
     "A published container, downloaded with a progress bar unless it is there. Raises `ProjectError` if no mirror has it."
+    try:
+        if md5_of((folder/file).read_bytes()) == md5: return folder/file # look first, lock only to write
+    except OSError: pass
     failures = []
     with alone(folder):
         for mirror in mirrors:
@@ -370,7 +373,7 @@ def load(
     "A data set, every file checked. Raises `ProjectError` if there is no such data set, or a file is missing or not the published one."
     if name not in names: raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(names)}.")
     if name == "digits": return digits()
-    source, given = sources[name], folder or os.environ.get("VAE_DIFFUSION_DATA")
+    source, given = sources[name], folder or named("VAE_DIFFUSION_DATA", root())
     here = Path(given).expanduser().absolute() if given else fetch(source)
     remedy = f"{listing(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) to have it downloaded." if given else \
         "Delete it and run the same command again."

@@ -194,7 +194,7 @@ def save(
         EDMPipeline(net, pipe.scheduler, pipe.config.levels).save_pretrained(new)
         paths.write_text(new/"README.md", card)
         paths.write_text(new/"pipeline.py", pipeline_code())
-        for p in new.rglob("*.safetensors"): p.chmod(0o644)
+        for p in new.rglob("*.safetensors"): paths.share(p)
 
 # %% ../nbs/06_sampling.ipynb #cell039
 def load_pipeline(

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['methods', 'STEPS', 'Repeat', 'Augmented', 'Mixture', 'First', 'source', 'Fit', 'Adam', 'whole_step', 'block',
-           'stepper', 'fit']
+           'compiler', 'stepper', 'fit']
 
 # %% ../nbs/08_training.ipynb #cell002
-import math, time
+import math, os, subprocess, sys, sysconfig, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -217,6 +217,17 @@ def block(
     x = source.batch(i*STEPS*batch, STEPS*batch).to(device)
     e = torch.randn(1, len(x), *vae.latent_shape, generator=generator("noise", seed, i, device=device), device=device)
     return list(zip(x.split(batch), e.split(batch, 1)))
+
+# %% ../nbs/08_training.ipynb #6f52c88f
+def compiler() -> str: # its name
+    "The C++ compiler that `torch.compile` uses: that of the variable `CXX`, or the platform's. Raises `ProjectError` if there is none, or it does not find Python's headers."
+    name, why = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"), ""
+    try:
+        done = subprocess.run([name, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"], input="#include <Python.h>\n", capture_output=True, text=True)
+        if not done.returncode: return name
+        why = ": " + (done.stderr.strip().splitlines() or ["it failed"])[0]
+    except OSError as e: why = f": {e.strerror}"
+    raise ProjectError(f"compile is true, but the C++ compiler {name} cannot be used{why}. Install one with the headers of Python (g++ and python3-dev on Debian), name another in the variable CXX, or set compile to false")
 
 # %% ../nbs/08_training.ipynb #cell034
 def _check(losses, step, N, batch):

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import nbformat
 import papermill
@@ -38,6 +39,11 @@ class InProcess(Engine):
 papermill_engines.register("in_process", InProcess)
 
 
+def end(log):
+    "What a failed process said last."
+    return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "it said nothing")
+
+
 def notebook(run, log):
     "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
     for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # where no checkpoint is made, they end it at once
@@ -59,4 +65,4 @@ def execute(run, log):
             failed = 0
         except BaseException: traceback.print_exc()
         finally: os._exit(failed)
-    if os.waitpid(process, 0)[1]: raise paths.ProjectError(f"{run.name} failed: see {log}")
+    if os.waitpid(process, 0)[1]: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")

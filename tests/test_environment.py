@@ -1,0 +1,137 @@
+"What the surroundings may be: whose disk it is, what it can do, and where the variables point."
+import errno
+import fcntl
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import papermill
+import pytest
+import torch
+from conftest import ROOT
+from vae_diffusion import data, paths, runs
+from vae_diffusion.banks import SampleBank
+from vae_diffusion.paths import ProjectError
+from vae_diffusion.settings import Settings
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import warm
+
+
+class Grey:
+    "Stands for a diffusion model."
+    def identity(self): return {"levels": 17, "shape": [1, 2, 2]}
+    def __call__(self, generators): return torch.full((len(generators), 1, 2, 2), 8, dtype=torch.uint8)
+
+
+@contextmanager
+def read_only(folder):
+    "Within, this process is a user to whom the folder belongs as little as any other, and who may only read it."
+    for f in [folder, *folder.rglob("*")]: f.chmod(0o555 if f.is_dir() else 0o444)
+    if root := not os.geteuid(): os.seteuid(65534)
+    try: yield
+    finally:
+        if root: os.seteuid(0)
+        for f in [folder, *folder.rglob("*")]: f.chmod(0o755 if f.is_dir() else 0o644)
+
+
+@contextmanager
+def read_only_mount(folder):
+    "Within, the folder lies on a disk that nobody may write."
+    if (done := subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True, text=True)).returncode: pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    try: yield
+    finally: subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def folder():
+    "A folder that every user may enter; that of `tmp_path` only its owner."
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def test_a_finished_run_and_a_full_bank_are_read_without_permission_to_write(folder, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(folder))
+    done = runs.open_run("train_vae", Settings())
+    runs.part(done, "part", lambda: [runs.row("elbo_test", -90.)])
+    runs.finish(done, [runs.row("elbo_test", -90.)], 1.)
+    SampleBank(folder / "bank").fill(Grey(), 20, batch=5, shard=10, progress=False)
+    with read_only(folder):
+        again = runs.require("train_vae", Settings())
+        assert runs.open_run("train_vae", Settings()).done and runs.read(again).value.item() == runs.part(again, "part", None)[0][0]["value"] == -90
+        bank = SampleBank(folder / "bank").fill(Grey(), 15, batch=5, shard=10, progress=False)
+        assert len(bank) == 20 and bank[3].shape == (1, 2, 2)
+        with pytest.raises(ProjectError, match="cannot be written .Permission denied"): bank.fill(Grey(), 21, batch=5, shard=10, progress=False)
+        with pytest.raises(ProjectError, match="cannot be written .Permission denied"): runs.open_run("train_vae", Settings(seed=1))
+    (done.folder).chmod(0)
+    with read_only(folder / "bank"), pytest.raises(ProjectError, match="cannot be written .Permission denied"): runs.open_run("train_vae", Settings())
+    done.folder.chmod(0o755)
+
+
+def test_a_full_cache_is_read_without_permission_to_write(folder, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_CACHE", str(folder))
+    here = folder / "datasets/tiny"
+    here.mkdir(parents=True)
+    (here / "a.bin").write_bytes(b"known")
+    source = data.Source("tiny", 2, ("http://127.0.0.1:9/",), {"a.bin": data.md5_of(b"known")}, {"a.bin": (5, data.md5_of(b"known"))}, list)
+    with read_only(folder): assert data.fetch(source) == here
+    (here / "a.bin").write_bytes(b"other")
+    with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): data.fetch(source)
+
+
+def test_finished_experiments_are_shown_from_a_read_only_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
+    stages = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_diffusion"
+    for stage in stages: warm.execute(runs.Run(stage, Settings()), tmp_path / "log")
+    show = lambda stage: papermill.execute_notebook(ROOT / f"nbs/experiments/{stage}.ipynb", tmp_path / "out.ipynb", engine_name="in_process", kernel_name="python3", progress_bar=False)
+    with read_only_mount(tmp_path / "runs"):
+        for stage in stages:
+            process = multiprocessing.get_context("fork").Process(target=show, args=[stage])
+            process.start()
+            process.join()
+            assert process.exitcode == 0, stage
+
+
+def test_a_disk_without_locks_or_permissions(tmp_path, monkeypatch):
+    def refuse(*args): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    for write in [lambda: paths.hold(tmp_path / "run"), lambda: paths.write_text(tmp_path / "a.txt", "a", listed=True), lambda: SampleBank(tmp_path / "bank").fill(Grey(), 5, batch=5, shard=5),
+                  lambda: data.download("a.bin", "0" * 32, ("http://127.0.0.1:9/",), tmp_path / "cache")]:
+        with pytest.raises(ProjectError, match=f"{tmp_path}.* cannot be locked .Function not implemented.*VAE_DIFFUSION_CACHE"): write()
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "chmod", refuse)
+    paths.write_text(tmp_path / "a.txt", "a", listed=True)
+    assert paths.checked(tmp_path / "a.txt") == b"a"
+
+
+PLACES = "from vae_diffusion import data, paths; print(paths.runs(), paths.cache(), paths.named('VAE_DIFFUSION_DATA', paths.root()), sep='|')"
+
+
+@pytest.mark.parametrize("given, place", [("~/large", Path.home() / "large"), ("large", ROOT / "large"), ("../large", ROOT / "../large"), ("/large", Path("/large"))])
+def test_folders_of_variables_do_not_depend_on_the_working_directory(given, place, tmp_path):
+    names = dict.fromkeys(["VAE_DIFFUSION_RUNS", "VAE_DIFFUSION_CACHE", "VAE_DIFFUSION_DATA"], given)
+    said = subprocess.run([sys.executable, "-c", PLACES], cwd=tmp_path, env=os.environ | names, capture_output=True, text=True, check=True).stdout
+    assert said.split("|") == [str(place)] * 2 + [f"{place}\n"]
+
+
+def test_the_data_folder_is_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VAE_DIFFUSION_DATA", "~/no such data")
+    with pytest.raises(ProjectError, match=f"^{Path.home()}/no such data/mnist"): data.load("binary_mnist")
+    monkeypatch.setenv("VAE_DIFFUSION_DATA", "no such data")
+    with pytest.raises(ProjectError, match=f"^{ROOT}/no such data/mnist"): data.load("binary_mnist")
+
+
+def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path):
+    env = os.environ | {"CXX": "/none/g++", "VAE_DIFFUSION_RUNS": str(tmp_path / "runs")}
+    alone = ["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", "-p", "compile", "true", "-p", "method", "dmaapx", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb"]
+    whole = ["make", "reproduce", "DATASET=binary_mnist"]
+    for command in alone, whole:
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert done.returncode and "the C++ compiler /none/g++ cannot be used: No such file or directory. Install one" in done.stderr
+    assert not (tmp_path / "runs").exists()
