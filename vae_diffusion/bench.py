@@ -106,7 +106,7 @@ def product(
 ): # of one product
     "Matrix products: the peak that other cases are compared with."
     size = size or (8192 if torch.cuda.is_available() else 2048)
-    a = torch.randn(size, size, device=runs.device()).to(getattr(torch, dtype))
+    a = torch.randn(size, size, generator=paths.generator("bench")).to(runs.device(), getattr(torch, dtype))
     with models.products("medium"): return *timed(lambda: a @ a, seconds), 2*size**3/1e9
 
 # %% ../nbs/17_bench.ipynb #cell012
@@ -289,7 +289,7 @@ def growth(train=10_000, k=1, side=32, batch=100, width=512, steps=200):
         bank = SampleBank(folder).fill(Static(side), train*k, progress=False)
         small = torch.zeros(train, 1, side, side, dtype=torch.uint8)
         images = data.Dataset("binary_mnist", 2, small, small[:1], torch.zeros(train, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-        vae = models.fully_connected(images.shape, family("bernoulli"), (width, width)).to(runs.device())
+        with torch.random.fork_rng(): vae = models.fully_connected(images.shape, family("bernoulli"), (width, width)).to(runs.device())
         fit = training.fit(vae, training.source("dmaapx", images, 0, bank, k), batch*steps, 2, 1, batch, progress=False)
     return fit.step, fit.seconds, None
 

@@ -1,0 +1,123 @@
+"""`nbdev_test` in one process, with the pages in a shuffled order, that also fails for a page that leaves the process changed for those that follow.
+
+    python tests/guard.py SEED [PATH]
+"""
+import ctypes
+import gc
+import logging
+import os
+import random
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import types
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import nbdev.test
+import numpy as np
+import pandas as pd
+import pooch
+import psutil
+import sklearn.datasets
+import torch
+from diffusers.utils import logging as diffusers_logging
+from execnb.shell import CaptureShell
+from vae_diffusion import bench, quality, samplers, studies  # and with them every other module
+
+WATCHED = [Path(__file__).resolve().parent.parent]
+FIXED = types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type  # only a patch gives another one to a name
+glibc = ctypes.CDLL(None)
+def files():
+    "Files and folders of the checkout, and of the pages' folder if it is another."
+    found = set()
+    for folder, folders, names in (step for root in WATCHED for step in os.walk(root)):
+        folders[:] = [f for f in folders if f[0] not in "._" and f != "build"]  # git, the environment, and what tools keep
+        found |= {os.path.join(folder, name) for name in folders + names}
+    return found
+
+
+def meanings():
+    "What the names of all modules, and of the project's classes, stand for."
+    found = {}
+    for name, module in sys.modules.items():
+        if name == "__main__" or not isinstance(module, types.ModuleType): continue
+        ours = name.startswith("vae_diffusion")
+        for owner in [module, *(v for v in vars(module).values() if ours and isinstance(v, type) and v.__module__ == name)]:
+            for attribute, value in list(vars(owner).items()):
+                if attribute == "_backend_mod": continue  # matplotlib's, made anew when the same one is chosen
+                if issubclass(type(value), FIXED): found[name, owner.__name__, attribute] = id(value)
+                elif ours and not attribute.startswith("__"): found[name, owner.__name__, attribute] = repr(value)
+    return found
+
+
+class MallInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+
+
+def gives_back():
+    "Whether a large block of memory goes back to the system as soon as it is free."
+    if not hasattr(glibc, "mallinfo2"): return None
+    glibc.mallinfo2.restype = MallInfo
+    before, _ = glibc.mallinfo2().hblks, torch.ones(2**25)
+    return glibc.mallinfo2().hblks > before
+
+
+def state():
+    "What a page leaves as it found it."
+    gc.collect()
+    process, mask = psutil.Process(), os.umask(0o22)
+    os.umask(mask)
+    return {
+        "environment": dict(os.environ), "working folder": os.getcwd(), "umask": mask, "temporary folder": tempfile.gettempdir(),
+        "temporary files": dict.fromkeys(os.listdir(tempfile.gettempdir())), "files of the project": dict.fromkeys(files()),
+        "open files": dict.fromkeys(f.path for f in process.open_files() if ".venv" not in f.path), "processes": dict.fromkeys(p.pid for p in process.children()),
+        "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"),  # tqdm's own, one for ever
+        "random numbers": {"random": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist()},
+        "PyTorch": {f.__name__: f() for f in (torch.get_num_threads, torch.get_default_dtype, torch.get_float32_matmul_precision, torch.is_grad_enabled)},
+        "matplotlib": dict(plt.rcParams), "open figures": plt.get_fignums(), "NumPy": {**np.geterr(), **np.get_printoptions()},
+        "pandas": repr(pd._config.config._global_config), "memory": gives_back(),
+        "signals": {s.name: signal.getsignal(s) for s in signal.Signals}, "timer": signal.getitimer(signal.ITIMER_REAL),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
+        "logging": {name: log.level for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)} | {"all": logging.root.manager.disable, "pooch": (pooch.get_logger().level, pooch.get_logger().disabled)},
+        "progress bars": diffusers_logging.is_progress_bar_enabled(), "names": meanings()}
+
+
+def differences(before, after):
+    "What is not as it was, in words. A module that is loaded late brings names of its own."
+    said = []
+    for what, old in before.items():
+        new = after[what]
+        if isinstance(old, dict): changed = [k for k in old | new if (k in old or what not in ("names", "logging")) and old.get(k, "none") != new.get(k, "none")]
+        else: changed = [f"{old} before, {new} after"] * (old != new)
+        if changed: said.append(f"  {what}: {', '.join(map(str, changed[:9]))}"[:500])
+    return said
+
+
+def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
+    "Runs the cells of a page; fails if they leave the process changed. Their threads and processes may take a moment to end."
+    before = state()
+    run_all(shell, *args, **options)
+    shell.reset(new_session=False)
+    said, end = differences(before, state()), time.monotonic() + 3
+    while any(s.startswith(("  threads", "  processes")) for s in said) and time.monotonic() < end:
+        time.sleep(.1)
+        said = differences(before, state())
+    if not said: return
+    shell.exc = AssertionError("\n".join(["the page leaves the process changed:", *said]))
+    raise shell.exc
+
+
+def main(seed, path=None):
+    with tempfile.TemporaryDirectory() as tempfile.tempdir:
+        os.environ["TMPDIR"] = tempfile.tempdir
+        if path: WATCHED.append(path)
+        CaptureShell.run_all = guarded
+        nbdev.test.sorted = lambda pages: random.Random(seed).sample([*pages], len(pages))
+        nbdev.test.nbdev_test(path, n_workers=0)
+
+
+if __name__ == "__main__": main(*sys.argv[1:])
