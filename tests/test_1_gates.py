@@ -4,12 +4,13 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
-from conftest import ROOT, run, tracked
+from conftest import ROOT, git, run, tracked
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
@@ -22,7 +23,22 @@ def cells(page, kind="code"):
 
 @pytest.mark.skipif("CI" not in os.environ, reason="the tree need only be clean in CI")
 def test_tree_is_clean():
-    assert run("git", "status", "--porcelain") == ""
+    assert git("status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("kind", ["archive", "of another user"])
+def test_the_tests_run_in_every_copy(kind, tmp_path):
+    "In an unpacked archive, without git's folder, and in a checkout that belongs to somebody else."
+    if kind == "of another user" and os.geteuid(): pytest.skip("only the superuser can give a folder away")
+    copy = tmp_path / "copy"
+    for f in tracked("."):
+        (copy / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f, copy / f)
+    if kind == "of another user":
+        run("git", "init", "--quiet", copy)
+        for f in [copy, *copy.rglob("*")]: os.chown(f, 65534, 65534)
+    found = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"], cwd=copy, capture_output=True, text=True)
+    assert not found.returncode and "test_page[nbs/00_paths.ipynb]" in found.stdout, found.stdout + found.stderr
 
 
 def test_clean_and_export_change_nothing(tmp_path):

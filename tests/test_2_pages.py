@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT, run, tracked
 
 PAGES = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]  # those write results into `runs`; test_3 runs them elsewhere
@@ -14,6 +15,11 @@ def test_nbdev_test_as_it_is_typed():
     "With its default workers, and the threads that the machine has."
     said = run("nbdev_test", "--do_print", env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
     assert sorted(line.split()[-1] for line in said.splitlines() if "- Completed" in line) == sorted(str(ROOT / p) for p in PAGES)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("page", ["nbs/01_data.ipynb", "nbs/07_augment.ipynb"])
+def test_a_page_that_shows_all_data_sets(page): run("nbdev_test", "--path", page, "--n_workers", "0")
 
 
 def guard(seed, *path): return subprocess.run([sys.executable, "tests/guard.py", str(seed), *path], cwd=ROOT, capture_output=True, text=True)

@@ -103,9 +103,9 @@ def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value
     assert set(smoke.glob("*/*")) == before
 
 
+@pytest.mark.data
 @pytest.mark.parametrize("dataset", ["binary_mnist", "fashion_mnist", "cifar10"])
 def test_real_data_sets_from_diffusion_to_gaps(smoke, tmp_path, dataset):
-    if not os.environ.get("VAE_DIFFUSION_DATA"): pytest.skip("VAE_DIFFUSION_DATA is not set, so the full data sets are not there")
     run(*PAPERMILL, "-p", "method", "dmaapx", "-f", f"nbs/experiments/params/{dataset}-smoke.yaml", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
     done = {f.parent.name.split("-")[0] for f in (smoke / f"{dataset}-smoke").glob("*/metrics.csv")}
     assert done == {"train_diffusion", "sample_bank", "train_vae", "measure_gaps"}

@@ -11,8 +11,6 @@ from conftest import run
 from vae_diffusion import bench, data, metrics, models, paths, training
 from vae_diffusion.likelihoods import family
 
-needs_data = pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="VAE_DIFFUSION_DATA names no folder with the full data sets")
-
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 @pytest.mark.parametrize("bf16, build", [
@@ -59,7 +57,7 @@ def test_cases_that_need_no_data(case, arguments):
     assert bench.once(case, 1, arguments)["value"] > 0
 
 
-@needs_data
+@pytest.mark.data
 @pytest.mark.parametrize("case, arguments", [
     (bench.train_ours, {"n": 200, "epochs": 1}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
 def test_cases_on_mnist(case, arguments):

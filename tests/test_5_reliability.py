@@ -396,7 +396,7 @@ FULL = {  # shorter, with all that is held in memory at its size
     "measure_gaps": ["-p", "epochs", "1"]}
 
 
-@pytest.mark.skipif("VAE_DIFFUSION_DATA" not in os.environ, reason="VAE_DIFFUSION_DATA is not set: it names the folder that holds the published data sets")
+@pytest.mark.data
 @pytest.mark.parametrize("stage", FULL if "TORTURE" in os.environ else ["sample_bank"])
 def test_memory_at_full_size(stage, tmp_path, record):
     status, said, peak = papermill(stage, tmp_path, "-f", "nbs/experiments/params/binary_mnist-cpu.yaml", *FULL[stage])

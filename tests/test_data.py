@@ -8,7 +8,7 @@ from vae_diffusion import data
 from vae_diffusion.paths import ProjectError
 
 DATA = os.environ.get("VAE_DIFFUSION_DATA")
-pytestmark = pytest.mark.skipif(not DATA, reason="VAE_DIFFUSION_DATA is not set: it names the folder that holds the published data sets")
+pytestmark = pytest.mark.data
 published = list(data.sources)
 expected = { # train and test images, shape, levels, test images that are also training images
     "binary_mnist": (60_000, 10_000, (1, 28, 28), 2, 9),
