@@ -8,12 +8,23 @@ README ?= README.md
 PAGE ?= nbs/index.ipynb
 PART ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet all --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
+# The interpreter of this environment runs the notebooks, and the settings below the runs, whatever a user has for other projects.
+export JUPYTER_PREFER_ENV_PATH := 1
+unexport JUPYTER_PATH SNAKEMAKE_PROFILE
+MOVED := $(shell test ! -e $(BIN)/ready || grep -qF "$(CURDIR)/$(BIN)/" $(BIN)/pip || echo moved)
 
-.PHONY: reproduce test torture lab figures study bench weights readme clean
+ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
+$(error CORES=$(CORES): give the number of runs at once, 1 or more)
+endif
+only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
+$(call only,weights,cpu)
+$(call only,figures,cpu or paper)
+
+.PHONY: reproduce test torture lab figures study bench weights readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -21,7 +32,7 @@ reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and run
 	@cat "$${VAE_DIFFUSION_RUNS:-runs}/$(DATASET)-$(SCALE)/report.md"
 
 test: $(BIN)/ready  ## everything that CI checks
-	$(BIN)/python -m pytest -q -n 2 tests
+	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 torture: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
 	@mkdir -p build && rm -f build/reliability.csv
@@ -29,7 +40,7 @@ torture: $(BIN)/ready  ## every fault that the project must survive, at full len
 	mv build/reliability.csv data/reliability.csv
 
 lab: $(BIN)/ready  ## the notebooks in JupyterLab
-	$(BIN)/jupyter lab --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	$(BIN)/jupyter lab --allow-root --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
 figures: $(BIN)/ready  ## the same, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them
 	@$(SNAKEMAKE) --forcerun report -- publish
@@ -44,7 +55,7 @@ build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
-weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again
+weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again, at the published scale
 	@mkdir -p runs
 	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
 	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
@@ -61,7 +72,8 @@ clean:  ## removes the environment and all runs
 
 $(BIN)/ready: requirements.lock requirements-torch.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
-	$(PYTHON) -m venv .venv
+	@$(if $(MOVED),echo "This checkout was moved: its environment is made again")
+	$(PYTHON) -m venv $(if $(MOVED),--clear) .venv
 	@echo "Installing the pinned requirements into .venv (about 3 minutes)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-torch.txt

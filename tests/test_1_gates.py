@@ -91,7 +91,12 @@ def test_imports_point_one_way():
 
 
 def test_readme_is_made_from_index(tmp_path):
-    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}")
+    "By the interpreter of the environment, though the user has a kernel of the same name, and prefers it."
+    kernel = tmp_path / ".local/share/jupyter/kernels/python3/kernel.json"
+    kernel.parent.mkdir(parents=True)
+    kernel.write_text(json.dumps({"argv": ["false", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
+    own = {"HOME": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "0", "JUPYTER_PATH": str(kernel.parents[2])}
+    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}", env=os.environ | own)
     for made in "README.md", "nbs/index.ipynb":
         assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
 

@@ -1,0 +1,83 @@
+"What people do to a checkout, and have in their environment: make goes on, or says what is wrong in a line."
+import os
+import shutil
+import signal
+import subprocess
+import threading
+
+import pytest
+from conftest import ROOT, run, tracked
+
+
+def make(*arguments, folder=ROOT, **variables):
+    "Exit status and what was said to the user."
+    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=os.environ | variables)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "The checkout as git would give it away, in a repository of its own."
+    for f in tracked("."):
+        (tmp_path / "copy" / f).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f, tmp_path / "copy" / f)
+    for command in "init", "add .", "-c user.name=x -c user.email=x@example.org commit -m x": run("git", "-C", tmp_path / "copy", *command.split())
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize("cores", ["0", "-1", "", "1.5", "all of them"])
+def test_a_number_of_runs_at_once_that_makes_no_sense(cores, tmp_path):
+    status, said = make("reproduce", "SCALE=smoke", f"CORES={cores}", VAE_DIFFUSION_RUNS=str(tmp_path))
+    assert status and f"CORES={cores}: give the number of runs at once" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("target", ["weights", "figures"])
+def test_only_results_of_the_published_scale_are_published(target, tmp_path):
+    status, said = make(target, "SCALE=smoke", VAE_DIFFUSION_RUNS=str(tmp_path))
+    assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said and not list(tmp_path.iterdir())
+
+
+def test_a_users_snakemake_profiles_have_no_say(tmp_path):
+    profile = tmp_path / ".config/snakemake/default/config.yaml"
+    profile.parent.mkdir(parents=True)
+    profile.write_text("nonsense: 1\n")
+    status, said = make("reproduce", "SCALE=smoke", "PART=colour=red", HOME=str(tmp_path), SNAKEMAKE_PROFILE=str(profile.parent))
+    assert status and "colour is no part" in said, said
+
+
+def test_a_moved_checkout_makes_its_environment_again(copy):
+    (copy / ".venv/bin").mkdir(parents=True)
+    (copy / ".venv/bin/pip").write_text(f"#!{copy}/.venv/bin/python3\n")
+    (copy / ".venv/bin/ready").touch()
+    status, said = make("--dry-run", "test", folder=copy)
+    assert not status and "venv" not in said.replace(".venv/bin/python -m pytest", ""), said
+    moved = copy.rename(copy.parent / "moved")
+    status, said = make("--dry-run", "test", folder=moved)
+    assert not status and "This checkout was moved" in said and "-m venv --clear .venv" in said, said
+
+
+def test_line_endings_of_a_users_git(copy):
+    run("git", "clone", "--quiet", "-c", "core.autocrlf=true", copy, copy.parent / "clone")
+    changed = [f for f in tracked(".") if (ROOT / f).read_bytes() != (copy.parent / "clone" / f).read_bytes()]
+    assert not changed
+
+
+def test_folders_that_are_links_to_another_disk(copy):
+    for name in "runs", "build", ".venv", ".snakemake": (copy / name).symlink_to(copy.parent)
+    assert run("git", "-C", copy, "status", "--porcelain") == ""
+
+
+def test_lab_starts_on_loopback_for_every_user(tmp_path):
+    (tmp_path / ".jupyter").mkdir()
+    (tmp_path / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.ip = '0.0.0.0'\n")
+    lab = subprocess.Popen(["make", "lab"], cwd=ROOT, env=os.environ | {"HOME": str(tmp_path), "BROWSER": "true"}, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    late = threading.Timer(120, os.killpg, (lab.pid, signal.SIGKILL))
+    late.start()
+    said = []
+    for line in lab.stdout:
+        said.append(line)
+        if "http://" in line: break
+    late.cancel()
+    os.killpg(lab.pid, signal.SIGKILL)
+    lab.wait()
+    assert "http://127.0.0.1:" in said[-1] or "http://localhost:" in said[-1], said
