@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pandas as pd
@@ -42,12 +43,22 @@ def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
     assert table[table.metric == "two_sample_test"].epoch.isna().all()
 
 
-@pytest.mark.parametrize("name", sorted(f.stem for f in (ROOT / "nbs/experiments/studies").glob("*.yaml")))
-def test_study_can_be_run(name):
-    from vae_diffusion import settings, studies
-    study = studies.study(name)
-    assert name.startswith(study.dataset + "-") and study.runs()
-    run("snakemake", "--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study")
+DRY_RUNS = """
+import os, sys
+from snakemake.cli import main
+sys.path.insert(0, "workflow")
+import warm # and with it all that the workflow imports, once
+for name in sys.argv[1:]:
+    if not os.fork(): main(["--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study"])
+    if os.wait()[1]: sys.exit(f"study {name} cannot be run")
+"""
+
+
+def test_every_study_can_be_run():
+    from vae_diffusion import studies
+    names = sorted(f.stem for f in (ROOT / "nbs/experiments/studies").glob("*.yaml"))
+    for study in map(studies.study, names): assert study.name.startswith(study.dataset + "-") and study.runs()
+    run(sys.executable, "-c", DRY_RUNS, *names)
 
 
 def test_workflow_is_interrupted_resumes_and_reports(tmp_path, monkeypatch):
