@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -81,3 +82,25 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
     os.killpg(lab.pid, signal.SIGKILL)
     lab.wait()
     assert "http://127.0.0.1:" in said[-1] or "http://localhost:" in said[-1], said
+
+
+def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path):
+    "README's command; the profile here only plans the runs."
+    (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
+    said = run("snakemake", "--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock", "--config", "dataset=binary_mnist", "scale=paper", "--", "report")
+    assert "report" in said and "run" in said, said
+
+
+ASK = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as server: socket.create_connection(server.getsockname()).close()
+try: socket.create_connection((sys.argv[1], 80), 5)
+except OSError as e: print(e)
+"""
+
+
+@pytest.mark.parametrize("host", ["example.org", "192.0.2.1"])
+def test_ci_refuses_and_notes_what_asks_another_machine(host, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests/offline"), "OFFLINE": str(tmp_path / "asked")}
+    assert f"{host} may not be asked" in run(sys.executable, "-c", ASK, host, env=env)
+    assert (tmp_path / "asked").read_text().startswith(f"{host} by ")
