@@ -1,9 +1,10 @@
 """Kills the stages of an experiment at random moments and starts them again, or starts one many times at once.
 
     python tests/kill.py FOLDER 0      each stage runs once
-    python tests/kill.py FOLDER TRIES  besides, each is killed and started again, TRIES times, and those of `TOGETHER` are started eight times at once
+    python tests/kill.py FOLDER TRIES  each is also killed and started again, TRIES times, and those of `TOGETHER` eight at once
 
-Prints one line of JSON a stage, with the digest of its results and its largest memory. Every run is forked from this process, so that it starts at once.
+Prints one line of JSON a stage, with the digest of its results and its largest memory. Every run is forked from this process,
+so that it starts at once.
 """
 import json
 import os
@@ -138,7 +139,8 @@ def main(folder, tries):
         said = {"stage": stage, "content": paths.digest(whole), "peak": round(peaks[process])}
         if tries:
             found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
-            said |= {"tries": tries, "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2), "wrong": [f"try {i}: {w}" for i, (*_, w) in enumerate(found) if w]}
+            said |= {"tries": tries, "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),
+                     "wrong": [f"try {i}: {w}" for i, (*_, w) in enumerate(found) if w]}
             if stage in TOGETHER: said["worked"], said["wrong together"] = together(stored, whole)
         print(json.dumps(said), flush=True)
 

@@ -61,7 +61,8 @@ from snakemake.cli import main
 sys.path.insert(0, "workflow")
 import warm # and with it all that the workflow imports, once
 for name in sys.argv[1:]:
-    if not os.fork(): main(["--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study"])
+    options = "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}"
+    if not os.fork(): main(["--snakefile", "workflow/Snakefile", *options, "--", "study"])
     if os.wait()[1]: sys.exit(f"study {name} cannot be run")
 """
 
@@ -74,7 +75,7 @@ def test_every_study_can_be_run():
 
 
 def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, monkeypatch, cut, record):
-    "One grid: stopped after its first run, then with a run that fails, then without a network. What is done is never done again."
+    "One grid: stopped after its first run, then with a run that fails, then without a network. Nothing is done twice."
     from vae_diffusion import results, settings
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     command, folder = ("make", "--no-print-directory", "reproduce", "SCALE=smoke"), tmp_path / "digits-smoke"
@@ -85,7 +86,8 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
     assert make.wait(60)
     caught = times()
 
-    bad = next(r for r in results.grid(settings.params("digits", "smoke")) if r.stage == "train_vae" and r.settings.method == "dmaapx" and r.settings.k == 1)
+    wish = lambda r: (r.stage, r.settings.method, r.settings.k)
+    bad = next(r for r in results.grid(settings.params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1))
     assert not bad.done, "it was interrupted too late"
     bad.folder.mkdir(parents=True, exist_ok=True)
     (bad.folder / "config.json").write_text("{}")

@@ -161,8 +161,11 @@ def test_a_bad_file_is_refused_by_name(name, tmp_path, tries, record):
 
 
 def test_stages_that_are_repeated_killed_and_started_at_once(tmp_path, tries, record):
-    """All stages, twice at the same time: bit for bit the same. Again after SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row.
-    Of eight that are started at once, the first works, and the others wait and take what it left. And no stage needs more memory than it should."""
+    """All stages, twice at the same time: bit for bit the same.
+
+    The same again after SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row. Of eight that are started at once,
+    the first works, and the others wait and take what it left. And no stage needs more memory than it should.
+    """
     n, kill = tries(1, 50), [sys.executable, "tests/kill.py"]
     other = subprocess.Popen([*kill, tmp_path / "once", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     stages = [json.loads(line) for line in run(*kill, tmp_path / "killed", n).splitlines()]
@@ -218,7 +221,8 @@ def test_eight_downloads_at_once(tmp_path, record):
         env = {k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}
         said = run(sys.executable, "-c", DOWNLOAD, json.dumps(source), env=env, timeout=120)
         server.shutdown()
-    assert said.count(data.md5_of(batches["0.bin"][1:])) == 8 and len(asked) == 1 and "waiting for it to end" in said, (asked, said)
+    assert said.count(data.md5_of(batches["0.bin"][1:])) == 8, said
+    assert len(asked) == 1 and "waiting for it to end" in said, (asked, said)
     record("eight at once: download", 8, "one downloads, the others wait; the server is asked once")
 
 
@@ -343,7 +347,8 @@ def test_a_download_without_a_network(tmp_path, cut, record):
     if not cut: pytest.skip("the network cannot be cut off here")
     env = {k: v for k, v in os.environ.items() if k not in ("VAE_DIFFUSION_DATA", "OFFLINE")}
     with pytest.raises(AssertionError, match="but the download failed"):
-        run(*cut, sys.executable, "-c", "from vae_diffusion import data; data.load('cifar10')", env=env | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")})
+        run(*cut, sys.executable, "-c", "from vae_diffusion import data; data.load('cifar10')",
+            env=env | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")})
     record("no network for a download", 1, "an error that says so and what to do")
 
 
