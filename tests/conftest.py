@@ -12,11 +12,30 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 counts = dict(passed=0, failed=0, skipped=0)
-LONG = {}  # seconds of the longest tests
+LONG = {  # seconds of the longest tests on one core
+    "test_no_page_changes_the_process": 130,
+    "test_stages_that_are_repeated_killed_and_started_at_once": 110,
+    "test_nbdev_test_as_it_is_typed": 110,
+    "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
+    "test_every_study_can_be_run": 45,
+    "test_real_data_sets_from_diffusion_to_gaps": 40,
+    "test_compiled_training_gives_the_plain_numbers": 35,
+    "test_a_long_workflow_leaves_nothing_behind": 35,
+    "test_a_page_that_changes_the_process_is_seen": 30,
+    "test_memory_at_full_size": 30,
+    "test_every_experiment_can_be_run_again_in_the_same_kernel": 25,
+    "test_a_long_session_leaves_nothing_behind": 25,
+    "test_measure_gaps_alone_runs_what_it_needs": 25,
+    "test_a_run_started_three_times_at_once_is_trained_once": 21,
+    "test_another_seed_or_number_of_threads": 20,
+    "test_killed_run_ends_with_the_same_numbers": 19,
+    "test_bench_stores_goes_on_and_draws": 15}
+WITHOUT_DATA = pytest.mark.skip(reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
+                                       "(README.md says how) and run the same command to have it run")
 
 
 def git(*arguments):
-    "What git says of this folder, whoever owns it. Where it is no checkout, such as an unpacked archive, git sees new files only."
+    "What git says of this folder, whoever owns it. In an unpacked archive, which is no checkout, all files are new to git."
     with tempfile.TemporaryDirectory() as empty:
         if not (ROOT / ".git").exists():
             subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True)
@@ -28,7 +47,8 @@ def git(*arguments):
 
 def tracked(pattern):
     "Files that git knows, or would add, as paths from the root."
-    return sorted(f for f in git("ls-files", "--cached", "--others", "--exclude-standard", pattern).splitlines() if (ROOT / f).exists())
+    listed = git("ls-files", "--cached", "--others", "--exclude-standard", pattern).splitlines()
+    return sorted(f for f in listed if (ROOT / f).exists())
 
 
 def run(*command, **options):
@@ -38,12 +58,26 @@ def run(*command, **options):
     return done.stdout
 
 
+@pytest.fixture
+def smoke(tmp_path, monkeypatch):
+    "A folder for the test's runs, so that it never touches the user's."
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs"
+
+
+WITHOUT_NETWORK = """
+import fcntl, os, socket, struct, sys
+with socket.socket() as s: fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1)) # by which one speaks to a notebook's kernel
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    "A folder of runs for this process, so that tests never touch the user's."
-    folder = tmp_path_factory.mktemp("runs")
-    os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
-    return folder
+def cut():
+    "What to put before a command so that it has no network; nothing where the network cannot be cut off."
+    apart = ["unshare", "--map-root-user", "--net"]
+    possible = not subprocess.run([*apart, "true"], capture_output=True).returncode
+    return [*apart, sys.executable, "-c", WITHOUT_NETWORK] if possible else []
 
 
 @pytest.fixture
@@ -76,12 +110,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "data: needs the full data sets")
 
 
-def pytest_collection_modifyitems(items):
-    "Skips what needs the data where they are not. The longest tests begin first, so that no worker is left alone with one at the end."
+def pytest_collection_modifyitems(config, items):
+    "Skips what needs the data where they are not. Among several workers the longest tests begin first."
     for item in items:
-        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"): item.add_marker(pytest.mark.skip(
-            reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds the published files (README.md) to have it run"))
-    items.sort(key=lambda item: -LONG.get(item.originalname, 0))
+        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"): item.add_marker(WITHOUT_DATA)
+    if hasattr(config, "workerinput"): items.sort(key=lambda item: -LONG.get(item.originalname, 0))
 
 
 def pytest_runtest_logreport(report):

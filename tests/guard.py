@@ -1,4 +1,4 @@
-"""`nbdev_test` in one process, with the pages in a shuffled order, that also fails for a page that leaves the process changed for those that follow.
+"""`nbdev_test` in one process, with the pages in a shuffled order; it also fails for a page that leaves the process changed.
 
     python tests/guard.py SEED [PATH]
 """
@@ -29,15 +29,17 @@ from execnb.shell import CaptureShell
 from vae_diffusion import bench, quality, samplers, studies  # and with them every other module
 
 WATCHED = [Path(__file__).resolve().parent.parent]
-FIXED = types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type  # only a patch gives another one to a name
+FIXED = types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type  # only a patch gives another to a name
 glibc = ctypes.CDLL(None)
+
+
 def files():
-    "Files and folders of the checkout, and of the pages' folder if it is another."
+    "Files and folders of the checkout, and of the pages' folder if it is another; not what git and other tools keep."
     found = set()
     for folder, folders, names in (step for root in WATCHED for step in os.walk(root)):
-        folders[:] = [f for f in folders if f[0] not in "._" and f != "build"]  # git, the environment, and what tools keep
+        folders[:] = [f for f in folders if f[0] not in "._" and f != "build"]
         found |= {os.path.join(folder, name) for name in folders + names}
-    return found
+    return dict.fromkeys(found)
 
 
 def meanings():
@@ -46,7 +48,8 @@ def meanings():
     for name, module in sys.modules.items():
         if name == "__main__" or not isinstance(module, types.ModuleType): continue
         ours = name.startswith("vae_diffusion")
-        for owner in [module, *(v for v in vars(module).values() if ours and isinstance(v, type) and v.__module__ == name)]:
+        classes = [v for v in vars(module).values() if ours and isinstance(v, type) and v.__module__ == name]
+        for owner in [module, *classes]:
             for attribute, value in list(vars(owner).items()):
                 if attribute == "_backend_mod": continue  # matplotlib's, made anew when the same one is chosen
                 if issubclass(type(value), FIXED): found[name, owner.__name__, attribute] = id(value)
@@ -55,7 +58,8 @@ def meanings():
 
 
 class MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _fields_ = [(name, ctypes.c_size_t) for name in
+                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
 
 
 def gives_back():
@@ -69,36 +73,44 @@ def gives_back():
 def state():
     "What a page leaves as it found it."
     gc.collect()
-    process, mask = psutil.Process(), os.umask(0o22)
+    process, mask, here = psutil.Process(), os.umask(0o22), tempfile.gettempdir()
     os.umask(mask)
+    loggers = {name: log for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)}
+    loggers["pooch"] = pooch.get_logger()
+    switches = torch.get_num_threads, torch.get_default_dtype, torch.get_float32_matmul_precision, torch.is_grad_enabled
+    limits = [name for name in dir(resource) if name.startswith("RLIMIT_")]
     return {
-        "environment": dict(os.environ), "working folder": os.getcwd(), "umask": mask, "temporary folder": tempfile.gettempdir(),
-        "temporary files": dict.fromkeys(os.listdir(tempfile.gettempdir())), "files of the project": dict.fromkeys(files()),
-        "open files": dict.fromkeys(f.path for f in process.open_files() if ".venv" not in f.path), "processes": dict.fromkeys(p.pid for p in process.children()),
-        "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"),  # tqdm's own, one for ever
-        "random numbers": {"random": random.getstate(), "numpy": repr(np.random.get_state()), "torch": torch.get_rng_state().tolist()},
-        "PyTorch": {f.__name__: f() for f in (torch.get_num_threads, torch.get_default_dtype, torch.get_float32_matmul_precision, torch.is_grad_enabled)},
-        "matplotlib": dict(plt.rcParams), "open figures": plt.get_fignums(), "NumPy": {**np.geterr(), **np.get_printoptions()},
+        "environment": dict(os.environ), "working folder": os.getcwd(), "umask": mask, "temporary folder": here,
+        "temporary files": dict.fromkeys(os.listdir(here)), "files of the project": files(),
+        "open files": dict.fromkeys(f.path for f in process.open_files() if ".venv" not in f.path),
+        "processes": dict.fromkeys(p.pid for p in process.children()),
+        "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"),  # tqdm's own
+        "random numbers": {"random": random.getstate(), "numpy": repr(np.random.get_state()),
+                           "torch": torch.get_rng_state().tolist()},
+        "PyTorch": {f.__name__: f() for f in switches}, "NumPy": {**np.geterr(), **np.get_printoptions()},
         "pandas": repr(pd._config.config._global_config), "memory": gives_back(),
+        "matplotlib": dict(plt.rcParams), "open figures": plt.get_fignums(),
         "signals": {s.name: signal.getsignal(s) for s in signal.Signals}, "timer": signal.getitimer(signal.ITIMER_REAL),
-        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT_")},
-        "logging": {name: log.level for name, log in logging.root.manager.loggerDict.items() if isinstance(log, logging.Logger)} | {"all": logging.root.manager.disable, "pooch": (pooch.get_logger().level, pooch.get_logger().disabled)},
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in limits},
+        "logging": {name: (log.level, log.disabled) for name, log in loggers.items()} | {"all": logging.root.manager.disable},
         "progress bars": diffusers_logging.is_progress_bar_enabled(), "names": meanings()}
 
 
 def differences(before, after):
-    "What is not as it was, in words. A module that is loaded late brings names of its own."
+    "What is not as it was, in words. A module that is loaded late brings names and loggers of its own."
     said = []
     for what, old in before.items():
-        new = after[what]
-        if isinstance(old, dict): changed = [k for k in old | new if (k in old or what not in ("names", "logging")) and old.get(k, "none") != new.get(k, "none")]
+        new, late = after[what], what in ("names", "logging")
+        if isinstance(old, dict):
+            keys = old if late else old | new
+            changed = [k for k in keys if old.get(k, "none") != new.get(k, "none")]
         else: changed = [f"{old} before, {new} after"] * (old != new)
         if changed: said.append(f"  {what}: {', '.join(map(str, changed[:9]))}"[:500])
     return said
 
 
 def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
-    "Runs the cells of a page; fails if they leave the process changed. Their threads and processes may take a moment to end."
+    "Runs the cells of a page; fails if they leave the process changed. Its threads and processes may take a moment to end."
     before = state()
     run_all(shell, *args, **options)
     shell.reset(new_session=False)

@@ -1,10 +1,10 @@
 """Kills the stages of an experiment at random moments and starts them again, or starts one many times at once.
 
-    python tests/kill.py FOLDER 0 STAGE...          each stage runs once; the digest of its results, and its largest memory
-    python tests/kill.py FOLDER TRIES STAGE...      each stage is killed and started again, TRIES times
-    python tests/kill.py FOLDER 8 together STAGE... each stage is started 8 times at once
+    python tests/kill.py FOLDER 0      each stage runs once
+    python tests/kill.py FOLDER TRIES  each is also killed and started again, TRIES times, and those of `TOGETHER` eight at once
 
-Prints one line of JSON a stage. Every run is forked from this process, so that it starts at once.
+Prints one line of JSON a stage, with the digest of its results and its largest memory. Every run is forked from this process,
+so that it starts at once.
 """
 import json
 import os
@@ -27,6 +27,7 @@ GRACE = 5.  # seconds in which a run that is told to stop must have left
 SETTINGS = Settings(weights="trained", method="dmaapx", dm_images=6000, dm_judged=5, n_test=100, epochs=150, evaluate_at=(50, 100),
                     k=3, ks=(3,), seeds=(0,), methods=("dmaapx",), star_images=10, star_steps=100, attack_steps=20, iwae_images=10)
 STAGES = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"
+TOGETHER = "sample_bank", "train_vae"
 KEPT = {"train_diffusion": "train_diffusion-*/checkpoint.safetensors", "train_vae": "train_vae-*/checkpoint.safetensors",  # what they go on from
         "sample_bank": "bank-*/manifest.json", "measure_gaps": "measure_gaps-*/*.json"}
 
@@ -117,30 +118,31 @@ def kill(stage, before, whole, seconds, i):
     return kills, most, wrong
 
 
-def main(folder, tries, stages):
-    together, stages = stages[0] == "together", [s for s in stages if s != "together"]
+def together(stored, whole):
+    "Starts a stage eight times at once. Returns how many of these worked, and what was wrong, if anything."
+    processes = [start(stored.name.removeprefix("before-"), stored) for _ in range(8)]
+    wrong = [status for p in processes if (status := wait(p, 600))] or (content(stored) != whole and ["results differ"])
+    worked = set(map(int, (stored / "worked").read_text().split())) & set(processes)
+    return len(worked), wrong or []
+
+
+def main(folder, tries):
     checkpoint_often()
     before = folder / "before"
     before.mkdir(parents=True)
-    for stage in STAGES[:max(map(STAGES.index, stages)) + 1]:
+    for stage in STAGES:
         stored = folder / f"before-{stage}"
         shutil.copytree(before, stored)
         began = time.monotonic()
         if status := wait(process := start(stage, before), 600): sys.exit(f"{stage} failed by itself with {status}: {''.join(f.read_text() for f in before.glob('*.log'))}")
         seconds, whole = time.monotonic() - began, content(before)
-        if stage not in stages: continue
-        if not tries:
-            print(json.dumps({"stage": stage, "content": paths.digest(whole), "peak": round(peaks[process])}), flush=True)
-            continue
-        if together:
-            processes = [start(stage, stored) for _ in range(tries)]
-            wrong = [s for p in processes if (s := wait(p, 600))] or (content(stored) != whole and ["results differ"])
-            worked = set(map(int, (stored / "worked").read_text().split())) & set(processes)
-            print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "worked": len(worked), "wrong": wrong or []}), flush=True)
-            continue
-        found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
-        print(json.dumps({"stage": stage, "tries": tries, "seconds": round(seconds, 1), "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),
-                          "wrong": [f"try {i}: {w}" for i, (*_, w) in enumerate(found) if w]}), flush=True)
+        said = {"stage": stage, "content": paths.digest(whole), "peak": round(peaks[process])}
+        if tries:
+            found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
+            said |= {"tries": tries, "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),
+                     "wrong": [f"try {i}: {w}" for i, (*_, w) in enumerate(found) if w]}
+            if stage in TOGETHER: said["worked"], said["wrong together"] = together(stored, whole)
+        print(json.dumps(said), flush=True)
 
 
-if __name__ == "__main__": main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])
+if __name__ == "__main__": main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -37,7 +37,8 @@ def test_the_tests_run_in_every_copy(kind, tmp_path):
     if kind == "of another user":
         run("git", "init", "--quiet", copy)
         for f in [copy, *copy.rglob("*")]: os.chown(f, 65534, 65534)
-    found = subprocess.run([sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"], cwd=copy, capture_output=True, text=True)
+    collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"]
+    found = subprocess.run(collect, cwd=copy, capture_output=True, text=True)
     assert not found.returncode and "test_page[nbs/00_paths.ipynb]" in found.stdout, found.stdout + found.stderr
 
 
@@ -94,9 +95,10 @@ def test_readme_is_made_from_index(tmp_path):
     "By the interpreter of the environment, though the user has a kernel of the same name, and prefers it."
     kernel = tmp_path / ".local/share/jupyter/kernels/python3/kernel.json"
     kernel.parent.mkdir(parents=True)
-    kernel.write_text(json.dumps({"argv": ["false", "{connection_file}"], "display_name": "Python 3", "language": "python"}))
+    kernel.write_text('{"argv": ["false", "{connection_file}"], "display_name": "Python 3", "language": "python"}')
     own = {"HOME": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "0", "JUPYTER_PATH": str(kernel.parents[2])}
-    run("make", "--no-print-directory", "readme", f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}", env=os.environ | own)
+    made = f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}"
+    run("make", "--no-print-directory", "readme", *made, env=os.environ | own)
     for made in "README.md", "nbs/index.ipynb":
         assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
 

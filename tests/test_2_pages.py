@@ -1,4 +1,4 @@
-"The pages that define and read, as a user of nbdev tests them; and one after the other in a process that none of them may change."
+"The pages that define and read, as a user of nbdev tests them; and all in one process, which none of them may change."
 import json
 import os
 import re
@@ -8,13 +8,14 @@ import sys
 import pytest
 from conftest import ROOT, run, tracked
 
-PAGES = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]  # those write results into `runs`; test_3 runs them elsewhere
+PAGES = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]  # those write results, and have tests of their own
 
 
 def test_nbdev_test_as_it_is_typed():
     "With its default workers, and the threads that the machine has."
     said = run("nbdev_test", "--do_print", env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"})
-    assert sorted(line.split()[-1] for line in said.splitlines() if "- Completed" in line) == sorted(str(ROOT / p) for p in PAGES)
+    tested = [line.split()[-1] for line in said.splitlines() if "- Completed" in line]
+    assert sorted(tested) == sorted(str(ROOT / p) for p in PAGES)
 
 
 @pytest.mark.data
@@ -22,7 +23,8 @@ def test_nbdev_test_as_it_is_typed():
 def test_a_page_that_shows_all_data_sets(page): run("nbdev_test", "--path", page, "--n_workers", "0")
 
 
-def guard(seed, *path): return subprocess.run([sys.executable, "tests/guard.py", str(seed), *path], cwd=ROOT, capture_output=True, text=True)
+def guard(seed, *path):
+    return subprocess.run([sys.executable, "tests/guard.py", str(seed), *path], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_no_page_changes_the_process(tries):
@@ -34,27 +36,33 @@ def test_no_page_changes_the_process(tries):
 
 LEAKS = {  # what a page may do -> what is then said to have changed
     "import os; os.environ['VAE_DIFFUSION_RUNS'] = '/nowhere'": "environment: VAE_DIFFUSION_RUNS",
-    "import os; os.chdir('/')": "working folder", "import os; os.umask(0o77)": "umask",
+    "import os; os.chdir('/')": "working folder",
+    "import os; os.umask(0o77)": "umask",
     "import tempfile; tempfile.mkdtemp(prefix='left')": "temporary files: left",
     "open('left.txt', 'w').close()": "files of the project: .*left.txt",
-    "import torch; torch.manual_seed(0)": "random numbers: torch", "import numpy; numpy.random.rand()": "random numbers: numpy", "import random; random.random()": "random numbers: random",
-    "import torch; torch.set_num_threads(3)": "PyTorch: get_num_threads", "import torch; torch.set_default_dtype(torch.float64)": "PyTorch: get_default_dtype",
-    "import matplotlib.pyplot as plt; plt.rcParams['axes.grid'] = True": "matplotlib: axes.grid", "import pandas as pd; pd.options.display.precision = 2": "pandas",
+    "import torch; torch.manual_seed(0)": "random numbers: torch",
+    "import numpy; numpy.random.rand()": "random numbers: numpy",
+    "import random; random.random()": "random numbers: random",
+    "import torch; torch.set_num_threads(3)": "PyTorch: get_num_threads",
+    "import torch; torch.set_default_dtype(torch.float64)": "PyTorch: get_default_dtype",
+    "import matplotlib.pyplot as plt; plt.rcParams['axes.grid'] = True": "matplotlib: axes.grid",
+    "import pandas as pd; pd.options.display.precision = 2": "pandas",
     "import threading, time; threading.Thread(target=time.sleep, args=[60], daemon=True, name='left').start()": "threads: left",
     "import subprocess; subprocess.Popen(['sleep', '60'])": "processes",
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": "signals: SIGTERM",
-    "import gzip; gzip.open = print": "names: .*'gzip', 'open'", "from vae_diffusion import data; del data.sources['cifar10']": "names: .*'sources'",
+    "import gzip; gzip.open = print": "names: .*'gzip', 'open'",
+    "from vae_diffusion import data; del data.sources['cifar10']": "names: .*'sources'",
     "from vae_diffusion.banks import SampleBank; SampleBank.fill = None": "names: .*'SampleBank', 'fill'",
-    "import logging; logging.disable()": "logging: all", "from vae_diffusion import runs; runs.keep_memory()": "memory: True before, False after"}
+    "import logging; logging.disable()": "logging: all",
+    "from vae_diffusion import runs; runs.keep_memory()": "memory: True before, False after"}
 
 
 def test_a_page_that_changes_the_process_is_seen(tmp_path):
     for i, code in enumerate(["figure = 1 + 1", *LEAKS]):
-        cell = {"cell_type": "code", "execution_count": None, "id": f"cell{i}", "metadata": {}, "outputs": [], "source": code}
+        cell = {"cell_type": "code", "id": f"cell{i}", "source": code, "metadata": {}, "execution_count": None, "outputs": []}
         page = {"cells": [cell], "metadata": {"kernelspec": {"language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
         (tmp_path / f"{i}.ipynb").write_text(json.dumps(page))
     done = guard(0, str(tmp_path))
     said = {text.split(".ipynb")[0].split("/")[-1]: text for text in done.stderr.split("AssertionError in ")[1:]}
     assert done.returncode and said.keys() == {str(i + 1) for i in range(len(LEAKS))}, done.stderr[-6000:]
-    missed = {code: said[str(i)] for i, (code, change) in enumerate(LEAKS.items(), 1) if not re.search(f"^  {change}", said[str(i)], re.M)}
-    assert not missed, missed
+    for i, change in enumerate(LEAKS.values(), 1): assert re.search(f"^  {change}", said[str(i)], re.M), said[str(i)]

@@ -10,12 +10,21 @@ import pandas as pd
 import pytest
 from conftest import ROOT, run
 
+sys.path.insert(0, str(ROOT / "workflow"))
+import warm
+
 PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
 
 
 def papermill(stage, out, *parameters):
     pairs = [x for name, value in parameters for x in ("-p", name, value)]
     return run(*PAPERMILL, *pairs, f"nbs/experiments/{stage}.ipynb", out / f"{stage}.ipynb")
+
+
+def forked(folder, *stages, **parameters):
+    "Runs stages one after the other as the workflow does, in forks of this process, which has PyTorch."
+    from vae_diffusion import runs, settings
+    for stage in stages: warm.execute(runs.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
@@ -28,7 +37,7 @@ def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
 
 def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
     from vae_diffusion import paths, sampling, studies
-    papermill("sample_bank", tmp_path, ("weights", "trained"), ("dm_images", "1000"))
+    forked(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
     shutil.copytree(paths.published(), tmp_path / "results")
     for place, folder in {"published": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
     studies.publish(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
@@ -37,7 +46,10 @@ def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke,
 
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
-    papermill("measure_diffusion", tmp_path, ("weights", "trained"), ("dm_images", "1500"), ("dm_snapshots", "2"))
+    from vae_diffusion import runs, settings
+    forked(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
+    warm.execute(runs.Run("train_vae", runs.reference(settings.Settings())), tmp_path / "reference.log")
+    forked(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
     assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
     assert table[table.metric == "two_sample_test"].epoch.isna().all()
@@ -49,7 +61,8 @@ from snakemake.cli import main
 sys.path.insert(0, "workflow")
 import warm # and with it all that the workflow imports, once
 for name in sys.argv[1:]:
-    if not os.fork(): main(["--snakefile", "workflow/Snakefile", "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}", "--", "study"])
+    options = "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}"
+    if not os.fork(): main(["--snakefile", "workflow/Snakefile", *options, "--", "study"])
     if os.wait()[1]: sys.exit(f"study {name} cannot be run")
 """
 
@@ -61,31 +74,46 @@ def test_every_study_can_be_run():
     run(sys.executable, "-c", DRY_RUNS, *names)
 
 
-def test_workflow_is_interrupted_resumes_and_reports(tmp_path, monkeypatch):
+def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, monkeypatch, cut, record):
+    "One grid: stopped after its first run, then with a run that fails, then without a network. Nothing is done twice."
+    from vae_diffusion import results, settings
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     command, folder = ("make", "--no-print-directory", "reproduce", "SCALE=smoke"), tmp_path / "digits-smoke"
+    times = lambda: {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
     make = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(folder.glob("*/metrics.csv")): assert make.poll() is None and not time.sleep(.05)
+    while not times(): assert make.poll() is None and not time.sleep(.05)
     os.killpg(make.pid, signal.SIGINT)
     assert make.wait(60)
-    caught = {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
-    assert "| Normal |" in run(*command)
-    assert caught == {f: f.stat().st_mtime_ns for f in caught}, "what was done before the interruption was done again"
-    assert len(caught) < len(list(folder.glob("*/metrics.csv"))), "it was interrupted too late"
+    caught = times()
+
+    wish = lambda r: (r.stage, r.settings.method, r.settings.k)
+    bad = next(r for r in results.grid(settings.params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1))
+    assert not bad.done, "it was interrupted too late"
+    bad.folder.mkdir(parents=True, exist_ok=True)
+    (bad.folder / "config.json").write_text("{}")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode and "Some runs failed" in done.stdout + done.stderr
+    assert "does not hold the configuration" in (folder / "logs" / f"{bad.name}.log").read_text()
+    assert len(list(folder.glob("train_vae-*/metrics.csv"))) == 2 and (folder / "report.html").exists()
+    others = times()
+    assert caught.items() < others.items(), "what was done before the interruption was done again"
+
+    shutil.rmtree(bad.folder)
+    said = run(*cut, *command)
+    assert "| Normal |" in said and "| DMaaPx |" in said and bad.done
+    assert others.items() < times().items(), "finished runs were run again"
     table = pd.read_csv(folder / "results.csv")
     assert {"elbo_train", "elbo_test", "elbo_test_best", "elbo_star_test", "generalization_gap", "amortization_gap", "robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "iwae_test"} <= set(table.metric)
     assert set(table.method) == {"normal", "dmaapx", "sample_bank"} and set(table.k.dropna()) == {1, 2}
     assert "<html" in (folder / "report.html").read_text()
-    before = {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
-    run(*command)
-    assert before == {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}, "finished runs were run again"
+    if cut: record("no network after the installation", 1, "make reproduce runs")
 
 
-def test_killed_run_ends_with_the_same_numbers(smoke, tmp_path):
+def test_killed_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
     command = [*PAPERMILL, "-p", "epochs", "150", "-p", "seed", "7", "-y", "evaluate_at: [20, 60]", "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb"]
     numbers = []
     for name, kill in ("whole", False), ("killed", True):
-        os.environ["VAE_DIFFUSION_RUNS"] = str(tmp_path / name)
+        monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
         if kill:
             process = subprocess.Popen([str(c) for c in command], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             deadline = time.monotonic() + 120
@@ -94,16 +122,14 @@ def test_killed_run_ends_with_the_same_numbers(smoke, tmp_path):
             assert list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and not list((tmp_path / name).glob("*/*/metrics.csv")), "the run was not caught at work"
         run(*command)
         numbers.append(pd.read_csv(*(tmp_path / name).glob("*/*/metrics.csv")).drop(columns=["seconds"]))
-    os.environ["VAE_DIFFUSION_RUNS"] = str(smoke)
     pd.testing.assert_frame_equal(*numbers, check_exact=True)
 
 
-def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path, monkeypatch):
-    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path):
     outs = [tmp_path / f"{i}.ipynb" for i in range(3)]
     processes = [subprocess.Popen([*PAPERMILL, "-p", "epochs", "150", "nbs/experiments/train_vae.ipynb", str(out)], cwd=ROOT) for out in outs]
     assert [p.wait(timeout=180) for p in processes] == [0, 0, 0]
-    assert len(list(tmp_path.glob("*/*/metrics.csv"))) == 1
+    assert len(list(smoke.glob("*/*/metrics.csv"))) == 1
     assert sum("Another process works in" in out.read_text() for out in outs) == 2
 
 
@@ -120,16 +146,3 @@ def test_real_data_sets_from_diffusion_to_gaps(smoke, tmp_path, dataset):
     run(*PAPERMILL, "-p", "method", "dmaapx", "-f", f"nbs/experiments/params/{dataset}-smoke.yaml", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
     done = {f.parent.name.split("-")[0] for f in (smoke / f"{dataset}-smoke").glob("*/metrics.csv")}
     assert done == {"train_diffusion", "sample_bank", "train_vae", "measure_gaps"}
-
-
-def test_a_failed_run_leaves_the_others_and_its_log(smoke, tmp_path, monkeypatch):
-    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
-    from vae_diffusion import runs, settings
-    bad = runs.Run("train_vae", settings.params("digits", "smoke"))
-    bad.folder.mkdir(parents=True)
-    (bad.folder / "config.json").write_text("{}")
-    done = subprocess.run(["make", "reproduce", "SCALE=smoke"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "Some runs failed" in done.stdout + done.stderr
-    folder = tmp_path / "digits-smoke"
-    assert "does not hold the configuration" in (folder / "logs" / f"{bad.name}.log").read_text()
-    assert len(list(folder.glob("train_vae-dmaapx*/metrics.csv"))) == 2 and (folder / "report.html").exists()

@@ -3,6 +3,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -21,27 +22,31 @@ def copy(tmp_path):
     for f in tracked("."):
         (tmp_path / "copy" / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, tmp_path / "copy" / f)
-    for command in "init", "add .", "-c user.name=x -c user.email=x@example.org commit -m x": run("git", "-C", tmp_path / "copy", *command.split())
+    for command in "init", "add .", "-c user.name=x -c user.email=x@example.org commit -m x":
+        run("git", "-C", tmp_path / "copy", *command.split())
     return tmp_path / "copy"
 
 
 @pytest.mark.parametrize("cores", ["0", "-1", "", "1.5", "all of them"])
 def test_a_number_of_runs_at_once_that_makes_no_sense(cores, tmp_path):
     status, said = make("reproduce", "SCALE=smoke", f"CORES={cores}", VAE_DIFFUSION_RUNS=str(tmp_path))
-    assert status and f"CORES={cores}: give the number of runs at once" in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert status and f"CORES={cores}: give the number of runs at once" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["weights", "figures"])
 def test_only_results_of_the_published_scale_are_published(target, tmp_path):
     status, said = make(target, "SCALE=smoke", VAE_DIFFUSION_RUNS=str(tmp_path))
-    assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said and not list(tmp_path.iterdir())
+    assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_users_snakemake_profiles_have_no_say(tmp_path):
     profile = tmp_path / ".config/snakemake/default/config.yaml"
     profile.parent.mkdir(parents=True)
     profile.write_text("nonsense: 1\n")
-    status, said = make("reproduce", "SCALE=smoke", "PART=colour=red", HOME=str(tmp_path), SNAKEMAKE_PROFILE=str(profile.parent))
+    own = {"HOME": str(tmp_path), "SNAKEMAKE_PROFILE": str(profile.parent)}
+    status, said = make("reproduce", "SCALE=smoke", "PART=colour=red", **own)
     assert status and "colour is no part" in said, said
 
 
@@ -70,14 +75,36 @@ def test_folders_that_are_links_to_another_disk(copy):
 def test_lab_starts_on_loopback_for_every_user(tmp_path):
     (tmp_path / ".jupyter").mkdir()
     (tmp_path / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.ip = '0.0.0.0'\n")
-    lab = subprocess.Popen(["make", "lab"], cwd=ROOT, env=os.environ | {"HOME": str(tmp_path), "BROWSER": "true"}, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    own = os.environ | {"HOME": str(tmp_path), "BROWSER": "true"}
+    lab = subprocess.Popen(["make", "lab"], cwd=ROOT, env=own, start_new_session=True, text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     late = threading.Timer(120, os.killpg, (lab.pid, signal.SIGKILL))
     late.start()
-    said = []
-    for line in lab.stdout:
-        said.append(line)
-        if "http://" in line: break
+    address = next((line for line in lab.stdout if "http://" in line), "")
     late.cancel()
     os.killpg(lab.pid, signal.SIGKILL)
     lab.wait()
-    assert "http://127.0.0.1:" in said[-1] or "http://localhost:" in said[-1], said
+    assert "http://127.0.0.1:" in address or "http://localhost:" in address, address
+
+
+def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path):
+    "README's command; the profile here only plans the runs."
+    (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
+    said = run("snakemake", "--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock",
+               "--config", "dataset=binary_mnist", "scale=paper", "--", "report")
+    assert "report" in said and "run" in said, said
+
+
+ASK = """
+import socket, sys
+with socket.create_server(("127.0.0.1", 0)) as server: socket.create_connection(server.getsockname()).close()
+try: socket.create_connection((sys.argv[1], 80), 5)
+except OSError as e: print(e)
+"""
+
+
+@pytest.mark.parametrize("host", ["example.org", "192.0.2.1"])
+def test_ci_refuses_and_notes_what_asks_another_machine(host, tmp_path):
+    env = os.environ | {"PYTHONPATH": str(ROOT / "tests/offline"), "OFFLINE": str(tmp_path / "asked")}
+    assert f"{host} may not be asked" in run(sys.executable, "-c", ASK, host, env=env)
+    assert (tmp_path / "asked").read_text().startswith(f"{host} by ")
