@@ -77,7 +77,8 @@ def ask(copy, test):
     if not done[0]: return os.waitpid(process, 0) and f"{test} does not end"
     said = re.sub(r"\x1b\[[0-9;]*m", "", log.read_text(errors="replace"))
     if not done[1]: return
-    if test.endswith("ipynb"): return f"{test}: {''.join(re.findall(r'^-+> ?[0-9]+ (.*)', said, re.M)[:1]).strip()}"
+    lines = re.findall(r'File "<ipython-input.*\n(.*)', said)  # of the page, the failed one first
+    if test.endswith("ipynb"): return f"{test}: {lines[0].strip() if lines else said.strip().splitlines()[-1]}"
     return "".join(re.findall(r"^(?:FAILED|ERROR) (\S+)", said, re.M)[:1]) or test
 
 
@@ -87,8 +88,10 @@ def caught(mutant):
         copy = Path(tmp) / "checkout"
         for f in tracked("."):
             (copy / f).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / f, copy / f)
+            shutil.copy2(ROOT / f, copy / f)
         run("git", "init", "--quiet", copy)
+        (copy / ".git" / "info" / "exclude").write_text(".venv\n")
+        (copy / ".venv").symlink_to(ROOT / ".venv")
         tests = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]
         tests += [t for t in tracked("tests/test_*.py") if Path(t).stem not in (*LEFT_OUT, "test_2_pages")]
         first = ["tests/test_reference.py"]
