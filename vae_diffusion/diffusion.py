@@ -17,6 +17,7 @@ from . import paths
 from .data import check_levels, to_unit
 
 # %% ../nbs/04_diffusion.ipynb #cell005
+@paths.float32()
 def unet(
     size: int, # height and width of an image, divisible by 2 ** (len(widths) - 1)
     channels: int, # of an image
@@ -71,7 +72,7 @@ def loss(
     p_std: float=1.2, # standard deviation of ln σ
 ): # -> [n], mean squared error a pixel, in units in which a network that returns 0 scores about 1
     "EDM's denoising loss, one value an image: Karras et al. 2022, equations 2 and 8, table 1."
-    draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device)
+    draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device, dtype=torch.float32)
     sigma = (p_mean + p_std*draw(len(x))).exp()
     noisy = x + sigma.reshape(-1, 1, 1, 1)*draw(*x.shape)
     weight = (sigma**2 + denoiser.sigma_data**2)/(sigma*denoiser.sigma_data)**2
@@ -94,18 +95,18 @@ def bound(
     check_levels(images, levels)
     device = next(iter(denoiser.parameters()), images).device
     span = math.log(sigma_max/sigma_min)
-    values = 2*torch.arange(levels, device=device)/(levels - 1) - 1
+    values = 2*torch.arange(levels, device=device, dtype=torch.float32)/(levels - 1) - 1
     out = []
     for i, part in enumerate(tqdm(images.split(batch), disable=not progress, leave=False)):
         g = paths.generator("bound", seed, i)
         n, y = len(part), 2*to_unit(part.to(device), levels, check=False) - 1
-        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g).to(device)
+        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g, dtype=torch.float32).to(device)
         total = y.square().sum((1, 2, 3)).double()/(2*sigma_max**2)
         for j in range(draws):
-            sigma = sigma_min*(span*(j + torch.rand(n, generator=g))/draws).exp().to(device)
+            sigma = sigma_min*(span*(j + torch.rand(n, generator=g, dtype=torch.float32))/draws).exp().to(device)
             error = denoiser(noisy(sigma), sigma).clamp(-1, 1) - y
             total += span/draws*error.square().sum((1, 2, 3)).double()/sigma**2
-        last = noisy(torch.full((n,), sigma_min, device=device))
+        last = noisy(torch.full((n,), sigma_min, device=device, dtype=torch.float32))
         scores = -(last[..., None] - values).square()/(2*sigma_min**2)
         decoded = scores.log_softmax(-1).gather(-1, part.to(device)[..., None].long())
         out.append((total - decoded.sum((1, 2, 3, 4))).cpu())
@@ -165,7 +166,7 @@ class State:
         self.net, self.recipe, self.steps, self.seconds, self.curve = net.train(), recipe, 0, 0., []
         self.ema = deepcopy(net).eval().requires_grad_(False)
         self.adam = torch.optim.Adam(net.parameters(), recipe.lr, fused=True)
-        self.total, self.counted = torch.zeros((), device=next(net.parameters()).device), 0
+        self.total, self.counted = torch.zeros((), device=next(net.parameters()).device, dtype=torch.float32), 0
         self.denoiser = Denoiser(net, recipe.sigma_data, {"float32": None, "bfloat16": torch.bfloat16}[recipe.precision])
 
     @property

@@ -35,7 +35,7 @@ def noise(
 ) -> torch.Tensor: # float32
     "Random numbers from `generator`, on the device of `like`."
     device = generator.device if generator is not None else like.device
-    return kind(tuple(shape), generator=generator, device=device).to(like.device)
+    return kind(tuple(shape), generator=generator, device=device, dtype=torch.float32).to(like.device)
 
 # %% ../nbs/02_likelihoods.ipynb #cell010
 def log_choose(
@@ -43,7 +43,7 @@ def log_choose(
     device=None, # where the table lies
 ) -> torch.Tensor: # [n+1]
     "Logs of the binomial coefficients: a table is faster than `lgamma` at every pixel."
-    return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device)
+    return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device, dtype=torch.float32)
 
 # %% ../nbs/02_likelihoods.ipynb #cell011
 class Binomial(Likelihood):

@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from . import diffusion, paths
 from .data import to_levels
 from .diffusion import Denoiser
-from .paths import ProjectError, digest
+from .paths import ProjectError, digest, float32
 
 # %% ../nbs/06_sampling.ipynb #cell005
 def sigmas(
@@ -94,6 +94,7 @@ class EDMPipeline(DiffusionPipeline):
         return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
 
     @torch.no_grad()
+    @float32()
     def __call__(self,
         batch_size: int=1, # images
         generator=None, # a `torch.Generator`, or a list of one an image, on the CPU or the pipeline's device; None is torch's own
@@ -171,10 +172,11 @@ Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretr
 def pipeline_code() -> str: # Python
     "`EDMPipeline` and what it needs of this library, as one file that needs diffusers alone."
     from vae_diffusion import sampling # the module, for a class that a notebook defines has no source
-    parts = [ProjectError, digest, to_levels, diffusion.coefficients, Denoiser,
+    parts = [ProjectError, digest, float32, to_levels, diffusion.coefficients, Denoiser,
              sampling.heun, sampling.multistep, sampling.stochastic, sampling.EDMPipeline]
     return f'''"{sampling.EDMPipeline.__doc__}"
 import hashlib, json, torch
+from contextlib import contextmanager
 from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor

@@ -1,5 +1,6 @@
 "Unconditional sampling from an EDM diffusion model."
 import hashlib, json, torch
+from contextlib import contextmanager
 from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,6 +16,15 @@ def digest(
     "SHA-256 of `obj`, shortened. Raises `TypeError`, or `ValueError` for a number that is not finite, if JSON cannot hold `obj`."
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
+
+
+@contextmanager
+def float32():
+    "New tensors are float32 within, or in a function that this decorates."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
 
 
 def to_levels(
@@ -122,6 +132,7 @@ class EDMPipeline(DiffusionPipeline):
         return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
 
     @torch.no_grad()
+    @float32()
     def __call__(self,
         batch_size: int=1, # images
         generator=None, # a `torch.Generator`, or a list of one an image, on the CPU or the pipeline's device; None is torch's own
