@@ -1,4 +1,4 @@
-"What users give to the library beyond what one page can show: other programs that load its models, and states of the process that it runs in."
+"What users give to the library beyond what one page can show: other programs, and other states of the process."
 import subprocess
 import sys
 
@@ -17,7 +17,8 @@ models = sorted(p.name for p in paths.weights().iterdir())
 
 def python(code, *args):
     "Runs Python in a process of its own, in which this library cannot be imported."
-    done = subprocess.run([sys.executable, "-c", f"import sys; sys.modules['vae_diffusion'] = None\n{code}", *map(str, args)], cwd=ROOT, capture_output=True, text=True)
+    code = f"import sys; sys.modules['vae_diffusion'] = None\n{code}"
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -25,7 +26,8 @@ PLAIN = """
 import torch
 from diffusers import DiffusionPipeline
 def draw(name, dtype):
-    pipe = DiffusionPipeline.from_pretrained(f"data/weights/{name}", custom_pipeline="pipeline", trust_remote_code=True, torch_dtype=dtype)
+    how = dict(custom_pipeline="pipeline", trust_remote_code=True, torch_dtype=dtype)
+    pipe = DiffusionPipeline.from_pretrained(f"data/weights/{name}", **how)
     x = pipe(batch_size=2, generator=torch.Generator().manual_seed(7), num_inference_steps=2, output_type="pt").images
     torch.save(x, f"{sys.argv[1]}/{name}-{dtype}.pt")
 for name in sys.argv[2:]: draw(name, torch.float32)
@@ -34,7 +36,7 @@ for dtype in torch.float16, torch.bfloat16: draw("digits", dtype)
 
 
 def test_plain_diffusers_draws_the_same_images(tmp_path, monkeypatch):
-    "The published models, loaded with the code beside the weights: the same to the last bit, and nearly the same in half precision."
+    "The published models, with the code beside the weights: the same to the last bit, and nearly so in half precision."
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     python(PLAIN, tmp_path, *models)
     for name in models:
@@ -81,7 +83,8 @@ def diffusion_model(folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = diffusion.unet(8, 1, (8, 8))
-    net, curve = diffusion.train(net, digits.train, 17, diffusion.Recipe(batch=20, warmup_images=0), 60, folder, progress=False)
+    recipe = diffusion.Recipe(batch=20, warmup_images=0)
+    net, curve = diffusion.train(net, digits.train, 17, recipe, 60, folder, progress=False)
     return [*net.parameters(), diffusion.bound(diffusion.Denoiser(net), digits.test[:6], 17, .1, 40., 2)]
 
 
@@ -92,7 +95,8 @@ def pipeline(solver):
 
 def bank(folder):
     pipe = sampling.load_pipeline(paths.weights() / "digits")
-    return [SampleBank(folder / "bank").fill(pipe, 5, batch=4, shard=4, progress=False, num_inference_steps=4, solver="multistep")[:]]
+    how = dict(batch=4, shard=4, progress=False, num_inference_steps=4, solver="multistep")
+    return [SampleBank(folder / "bank").fill(pipe, 5, **how)[:]]
 
 
 def robustness():
@@ -100,17 +104,22 @@ def robustness():
     return [found.x_a, found.kl, (r := metrics.robustness_of(net, unit, found.x_a)).gap, r.gap_sample]
 
 
+def mixture():
+    return training.Mixture(training.Repeat(digits.train, 0), training.Repeat(digits.test, 0), .5, 0)
+
+
 calls = dict(
     likelihoods=lambda folder: likelihoods(), robustness=lambda folder: robustness(), diffusion=diffusion_model, bank=bank,
-    normal=lambda folder: fitted(training.source("normal", digits, 0)), augmented=lambda folder: fitted(training.source("aug_naive", digits, 0)),
-    mixture=lambda folder: fitted(training.Mixture(training.Repeat(digits.train, 0), training.Repeat(digits.test, 0), .5, 0)),
+    normal=lambda folder: fitted(training.source("normal", digits, 0)),
+    augmented=lambda folder: fitted(training.source("aug_naive", digits, 0)),
+    mixture=lambda folder: fitted(mixture()),
     elbo=lambda folder: [metrics.elbo(vae(), digits.test[:9], 17, 2), metrics.iwae(vae(), digits.test[:9], 17, 3)],
     amortization=lambda folder: [(g := metrics.amortization_gap(vae(), digits.test[:9], 17, 3, final=4)).gap, g.trace],
-    generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1., 2, 4], [2., 3]), dtype=torch.float64)],
-    augment=lambda folder: [augment.policy("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), paths.generator("augment"))],
-    likeness=lambda folder: [likeness.ms_ssim(unit, unit.flip(0)), *figures.nearest(unit, data.to_unit(digits.train, 17))],
+    generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1, 2, 4], [2, 3]), dtype=torch.float64)],
+    augment=lambda folder: [augment.policy("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), paths.generator("page"))],
+    likeness=lambda folder: [likeness.ms_ssim(unit, unit.flip(0)), *figures.nearest(unit, unit.flip(0))],
     quality=lambda folder: [quality.two_sample(digits.train[:60], digits.test[:60], 17, 1)],
-    **{solver: lambda folder, solver=solver: pipeline(solver) for solver in ("heun", "multistep", "stochastic")})
+    heun=lambda folder: pipeline("heun"), multistep=lambda folder: pipeline("multistep"), stochastic=lambda folder: pipeline("stochastic"))
 
 
 @pytest.mark.parametrize("name", calls)

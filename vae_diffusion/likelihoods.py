@@ -21,7 +21,7 @@ class Likelihood:
         x: torch.Tensor, # [n,C,H,W] in [0,1]; for a discrete family on its levels
         check: bool=True, # look whether the values of `x` are so
     ) -> torch.Tensor: # [n], nats
-        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` if `x` has another shape, or as `data.check_unit`."
+        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` for another shape, or as `check_unit`."
         if check: check_unit(x, self.levels)
         if x.shape != self.shape: raise ValueError(f"images of shape {tuple(self.shape)} expected, found {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False): return self.log_pixels(x.float()).flatten(1).sum(1)
@@ -174,7 +174,8 @@ class Family:
     ):
         "Raises `ValueError` if the likelihood is that of another number of levels, or as `data.check_levels`."
         check_levels(images, levels)
-        if self.name != "gaussian" and self.levels != levels: raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
+        if self.name != "gaussian" and self.levels != levels:
+            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32

@@ -39,7 +39,8 @@ class Repeat:
 
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W], images `start` to `start+n` of the stream
         "The images at positions `start` to `start+n`. Raises `ValueError` if there are none."
-        if start < 0 or n < 1: raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
+        if start < 0 or n < 1:
+            raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
         N, parts = len(self.images), []
         while n:
             i, at = divmod(start, N)
