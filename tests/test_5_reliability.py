@@ -71,7 +71,8 @@ class Formats:
         return lambda: SampleBank(self.folder / "bank")[:].numpy().tobytes()
 
     def identity(self): return {"levels": 17, "shape": [1, 2, 2]}
-    def __call__(self, batch_size, generator, output_type): return SimpleNamespace(images=torch.stack([torch.randint(17, (1, 2, 2), generator=g) for g in generator]) / 16)
+    def __call__(self, batch_size, generator, output_type):
+        return SimpleNamespace(images=torch.stack([torch.randint(17, (1, 2, 2), generator=g) for g in generator]) / 16)
 
     def bank_shard(self):
         read = self.bank()
@@ -405,8 +406,10 @@ def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
 def test_another_batch_of_the_sampler():
     "Image i depends on its own noise; its batch changes the rounding alone, and with it one level in a thousand pixels at most."
     pipe = sampling.load_pipeline(paths.weights() / "digits")
-    draw = lambda size: torch.cat(data.in_parts(lambda rows: pipe(len(rows), [paths.generator("bank", 0, i) for i in rows.tolist()], 8, "pt", solver="multistep").images, size, torch.arange(64)))
-    together, apart = (data.to_levels(draw(size), 17).int() for size in (64, 7))
+    def draw(rows):
+        generators = [paths.generator("bank", 0, i) for i in rows.tolist()]
+        return data.to_levels(pipe(len(rows), generators, 8, "pt", solver="multistep").images, 17).int()
+    together, apart = (torch.cat(data.in_parts(draw, size, torch.arange(64))) for size in (64, 7))
     assert (together != apart).float().mean() < 1e-3 and (together - apart).abs().max() <= 1
 
 

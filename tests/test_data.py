@@ -58,18 +58,21 @@ def test_images_in_both_parts(loaded, name):
     assert (d.test_labels[both] == 1).all() # the nine of Binary MNIST are strokes: the digit 1
 
 
-@pytest.mark.parametrize("name, folder, theirs", [("binary_mnist", "mnist", "MNIST"), ("fashion_mnist", "fashion-mnist", "FashionMNIST")])
+layouts = [("binary_mnist", "mnist", "MNIST"), ("fashion_mnist", "fashion-mnist", "FashionMNIST")]
+
+
+@pytest.mark.parametrize("name, folder, theirs", layouts)
 def test_other_layouts(loaded, tmp_path, name, folder, theirs):
     "torchvision's, where the files are uncompressed, and the folder of the data set itself."
-    (tmp_path/theirs/"raw").mkdir(parents=True)
-    for file in data.idx_files: (tmp_path/theirs/"raw"/Path(file).stem).write_bytes(gzip.decompress((Path(DATA)/folder/file).read_bytes()))
-    for here in tmp_path, tmp_path/theirs, Path(DATA)/folder: assert torch.equal(data.load(name, here).train, loaded[name].train)
+    (raw := tmp_path/theirs/"raw").mkdir(parents=True)
+    for file in data.idx_files: (raw/Path(file).stem).write_bytes(gzip.decompress((Path(DATA)/folder/file).read_bytes()))
+    for here in tmp_path, tmp_path/theirs, raw, Path(DATA)/folder:
+        assert torch.equal(data.load(name, here).train, loaded[name].train)
 
 
-@pytest.mark.parametrize("name", ["binary_mnist", "cifar10"])
-def test_the_folder_of_another_data_set(name):
-    with pytest.raises(ProjectError) as e: data.load(name, Path(DATA)/"fashion-mnist")
-    for part in ("found MD5 f4a8712d7a061bf5bd6d2ca38dc4d50a",) if name == "binary_mnist" else ("no such file", "lie t10k-images-idx3-ubyte.gz"): assert part in str(e.value)
+def test_the_folder_of_another_data_set():
+    for name, said in ("binary_mnist", "found MD5 f4a8712d7a061bf5bd6d2ca38dc4d50a"), ("cifar10", "In .*fashion-mnist lie t10k"):
+        with pytest.raises(ProjectError, match=said): data.load(name, Path(DATA)/"fashion-mnist")
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def draw(
     generator: torch.Generator, # all randomness comes from here
 ) -> torch.Tensor: # [n,12], columns as in `CHANGES`: flips 0 or 1, shifts in px, angles in radians, the rest base-2 logarithms or an offset
     "Draws the changes of `n` images, each image and operation independently (Karras et al. 2020, appendix B)."
-    at = dict(generator=generator, device=generator.device)
-    chance = torch.tensor([policy.chance(op) for op in OPS], device=generator.device)
+    at = dict(generator=generator, device=generator.device, dtype=torch.float32)
+    chance = torch.tensor([policy.chance(op) for op in OPS], device=generator.device, dtype=torch.float32)
     hflip, vflip, translate, scale, rotate, stretch, brightness, contrast, hue, saturation = (torch.rand(n, len(OPS), **at) < chance).float().T
     flip_x, flip_y, x, y, angle, axis, tint, turned = torch.rand(n, 8, **at).T
     z = torch.randn(n, 5, **at).T

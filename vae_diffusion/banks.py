@@ -51,7 +51,7 @@ class SampleBank:
     def __getitem__(self,
         index, # of rows, as in `data.rows_of`
     ): # -> uint8 [...,C,H,W]
-        "Images by row, as NumPy means it. Raises `ProjectError` if there are none, `IndexError` for a row out of range or what is no index of rows."
+        "Images by row, as NumPy means it. Raises `ProjectError` if there are none, or as `data.rows_of`."
         if not len(self): raise paths.ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
         rows = rows_of(index, len(self))
         out = np.empty((*rows.shape, *self.manifest["identity"]["shape"]), np.uint8)
@@ -74,7 +74,7 @@ def generators(
 
 def fill(
     self: SampleBank,
-    pipe, # `pipe(n, generators, output_type="pt", **sampler).images` are [n,C,H,W] in [0,1]; `pipe.identity()` gives a dict with "levels" and "shape"
+    pipe, # as `sampling.EDMPipeline` is called; its `identity()` is a dict with "levels" and "shape"
     count: int, # images wanted in the bank
     seed: int=0, # of the bank
     noise: str="counter", # with the seed and i, decides what image i is drawn with: see `generators`

@@ -284,7 +284,9 @@ def similarity(package, n=64, side=176): # packages refuse images that are small
 class Static: # instead of a diffusion model: makes images at once
     def __init__(self, side): self.side = side
     def identity(self): return {"levels": 2, "shape": [1, self.side, self.side]}
-    def __call__(self, batch_size, generator, output_type): return SimpleNamespace(images=(torch.rand(batch_size, 1, self.side, self.side, generator=generator[0]) < 0.2).float())
+    def __call__(self, batch_size, generator, output_type):
+        x = torch.rand(batch_size, 1, self.side, self.side, generator=generator[0])
+        return SimpleNamespace(images=(x < 0.2).float())
 
 def growth(train=10_000, k=1, side=32, batch=100, width=512, steps=200):
     "Steps of training on a bank of random images."

@@ -24,22 +24,27 @@ def check_levels(
     levels: int, # how many values a pixel can take, 2..256
 ):
     "Raises `TypeError` unless `x` is uint8, `ValueError` if one of its values is none of so many levels."
-    if x.dtype != torch.uint8: raise TypeError(f"images must be uint8, found {x.dtype}: to_levels makes them from [0,1]")
+    if x.dtype != torch.uint8:
+        raise TypeError(f"images must be uint8, found {x.dtype}: to_levels makes them from [0,1]")
     if not 2 <= levels <= 256: raise ValueError(f"a pixel has 2..256 levels, not {levels}")
-    if levels < 256 and x.numel() and x.max() >= levels: raise ValueError(f"images of {levels} levels hold 0..{levels-1}, found {x.max()}")
+    if levels < 256 and x.numel() and x.max() >= levels:
+        raise ValueError(f"images of {levels} levels hold 0..{levels-1}, found {x.max()}")
 
 def check_unit(
     x: torch.Tensor, # images: floating point in [0,1], any shape
     levels: int=None, # how many values a pixel can take, 2..256; None: all in between
 ):
-    "Raises `TypeError` unless `x` is floating point, `ValueError` if one of its values lies outside [0,1] or between two levels."
-    if not x.is_floating_point(): raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: to_unit makes them from levels")
+    "Raises `TypeError` unless `x` is floating point, `ValueError` for a value outside [0,1] or between two levels."
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: to_unit makes them from levels")
     if not x.numel(): return
     low, high = (t.item() for t in x.detach().aminmax())
-    if not 0 <= low <= high <= 1: raise ValueError(f"images must lie in [0,1], found values from {low:.4g} to {high:.4g}: "
-        "to_unit makes them from levels, and (x + 1)/2 from [-1,1]")
-    if levels and ((k := x.detach()*(levels-1)) - k.round()).abs().max() > 1e-3: raise ValueError(
-        f"images of {levels} levels hold multiples of 1/{levels-1}, found values in between: to_levels rounds them")
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"images must lie in [0,1], found values from {low:.4g} to {high:.4g}: "
+                         "to_unit makes them from levels, and (x + 1)/2 from [-1,1]")
+    if levels and ((k := x.detach()*(levels-1)) - k.round()).abs().max() > 1e-3:
+        raise ValueError(f"images of {levels} levels hold multiples of 1/{levels-1}, found values in between: "
+                         "to_levels rounds them")
 
 # %% ../nbs/01_data.ipynb #cell005
 def to_unit(
@@ -56,7 +61,7 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, `ValueError` if it holds NaN."
+    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is float, `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
@@ -96,12 +101,13 @@ def rows_of(
     index, # an int, slice, list, mask, or an array or tensor of any shape: whatever NumPy takes for one axis
     n: int, # rows that there are
 ) -> np.ndarray: # integers 0..n-1, shaped as NumPy would shape the result
-    "The rows that an index means. Raises `IndexError` for a row out of range, more than one axis, and whatever NumPy refuses."
+    "The rows that an index means. Raises `IndexError` for a row out of range, further axes, and what NumPy refuses."
     if isinstance(index, torch.Tensor): index = index.numpy(force=True)
-    if isinstance(index, tuple): raise IndexError(f"{index} indexes {len(index)} axes, but only rows can be chosen here: index the images that they give")
+    if isinstance(index, tuple): raise IndexError(f"only rows can be chosen here, not {index}: index the images then")
     if np.asarray(index).dtype.kind not in "iu": return np.arange(n)[index]
     rows = np.asarray(index).astype(np.int64)
-    if rows.size and not -n <= rows.min() <= rows.max() < n: raise IndexError(f"rows {rows.min()} to {rows.max()} of {n}")
+    if rows.size and not -n <= rows.min() <= rows.max() < n:
+        raise IndexError(f"rows {rows.min()} to {rows.max()} of {n}")
     return np.where(rows < 0, rows + n, rows)
 
 # %% ../nbs/01_data.ipynb #cell012
@@ -210,7 +216,8 @@ def read(
     "The uncompressed content of a file. Raises `ProjectError` unless it is exactly the expected one."
     try:
         if path.exists() and not path.is_file(): raise OSError("it is not a regular file")
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f: data = decode(f.read(2*size)) if decode else f.read(size+1)
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
+            data = decode(f.read(2*size)) if decode else f.read(size+1)
         if len(data) == size and md5_of(data) == md5: return data
         found = f"MD5 {md5_of(data)}" if len(data) == size else f"{len(data):,} bytes" if len(data) < size else "more bytes"
     except FileNotFoundError: found = "no such file"
@@ -282,7 +289,8 @@ fashion_mnist = Source("fashion-mnist", 256,
     dict(zip(idx_files, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
         "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
     dict(zip(idx_files, zip(idx_sizes, ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
-        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))), idx_parts, ("FashionMNIST/raw", "raw"))
+        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))),
+    idx_parts, ("FashionMNIST/raw", "raw"))
 
 # %% ../nbs/01_data.ipynb #cell053
 cifar10 = Source("cifar-10-batches-bin", 256,
@@ -291,7 +299,8 @@ cifar10 = Source("cifar-10-batches-bin", 256,
     {f"{name}.bin": (30_730_000, md5) for name, md5 in {
         "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
         "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
-        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()}, cifar_parts, ("cifar-10-batches-py",))
+        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()},
+    cifar_parts, ("cifar-10-batches-py",))
 
 # %% ../nbs/01_data.ipynb #cell054
 sources = {"binary_mnist": binary_mnist, "fashion_mnist": fashion_mnist, "cifar10": cifar10}
@@ -355,7 +364,7 @@ def find(
     folder: Path, # that was named
     file: str, # one of `source.files`
 ) -> Path: # where it should be, if it is nowhere
-    "Where a file lies: in a folder of the data set or in the named one itself, under its own name or that of its content."
+    "Where a file lies: in a folder of the data set or the named one itself, under its own name or its content's."
     spots = [folder/place/name for place in (source.folder, *source.also, "") for name in (file, Path(file).stem)]
     return next((path for path in spots if path.exists()), spots[0])
 
@@ -368,18 +377,19 @@ def listing(folder: Path) -> str: # a sentence
 # %% ../nbs/01_data.ipynb #cell076
 def load(
     name: str, # one of `names`
-    folder=None, # holds the published files, as in `find`; default `VAE_DIFFUSION_DATA`, else they are downloaded (`digits` needs none)
+    folder=None, # of the published files, as in `find`; default `VAE_DIFFUSION_DATA`, else they are downloaded
 ) -> Dataset:
     "A data set, every file checked. Raises `ProjectError` if there is no such data set, or a file is missing or not the published one."
     if name not in names: raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(names)}.")
     if name == "digits": return digits()
     source, given = sources[name], folder or named("VAE_DIFFUSION_DATA", root())
     here = Path(given).expanduser().absolute() if given else fetch(source)
-    remedy = f"{listing(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) to have it downloaded." if given else \
-        "Delete it and run the same command again."
+    remedy = f"{listing(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) " \
+        "to have it downloaded." if given else "Delete it and run the same command again."
     def content(file):
         path = find(source, here, file) if given else here/file
-        return read(path, *source.files[file], remedy, python_batch if path.name != file and file.endswith(".bin") else None)
+        pickled = file.endswith(".bin") and path.name != file
+        return read(path, *source.files[file], remedy, python_batch if pickled else None)
     train, train_labels, test, test_labels = source.parse([content(file) for file in source.files])
     if source.levels == 2: train, test = train >= 128, test >= 128
     return Dataset(name, source.levels, *(torch.tensor(a, dtype=torch.uint8) for a in (train, test)),

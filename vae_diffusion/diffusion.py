@@ -18,6 +18,7 @@ from . import paths
 from .data import check_levels, to_unit
 
 # %% ../nbs/04_diffusion.ipynb #cell005
+@paths.float32()
 def unet(
     size: int, # height and width of an image, divisible by 2 ** (len(widths) - 1)
     channels: int, # of an image
@@ -72,7 +73,7 @@ def loss(
     p_std: float=1.2, # standard deviation of ln σ
 ): # -> [n], mean squared error a pixel, in units in which a network that returns 0 scores about 1
     "EDM's denoising loss, one value an image: Karras et al. 2022, equations 2 and 8, table 1."
-    draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device)
+    draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device, dtype=torch.float32)
     sigma = (p_mean + p_std*draw(len(x))).exp()
     noisy = x + sigma.reshape(-1, 1, 1, 1)*draw(*x.shape)
     weight = (sigma**2 + denoiser.sigma_data**2)/(sigma*denoiser.sigma_data)**2
@@ -95,18 +96,18 @@ def bound(
     check_levels(images, levels)
     device = next(iter(denoiser.parameters()), images).device
     span = math.log(sigma_max/sigma_min)
-    values = 2*torch.arange(levels, device=device)/(levels - 1) - 1
+    values = 2*torch.arange(levels, device=device, dtype=torch.float32)/(levels - 1) - 1
     out = []
     for i, part in enumerate(tqdm(images.split(batch), disable=not progress, leave=False)):
         g = paths.generator("bound", seed, i)
         n, y = len(part), 2*to_unit(part.to(device), levels, check=False) - 1
-        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g).to(device)
+        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g, dtype=torch.float32).to(device)
         total = y.square().sum((1, 2, 3)).double()/(2*sigma_max**2)
         for j in range(draws):
-            sigma = sigma_min*(span*(j + torch.rand(n, generator=g))/draws).exp().to(device)
+            sigma = sigma_min*(span*(j + torch.rand(n, generator=g, dtype=torch.float32))/draws).exp().to(device)
             error = denoiser(noisy(sigma), sigma).clamp(-1, 1) - y
             total += span/draws*error.square().sum((1, 2, 3)).double()/sigma**2
-        last = noisy(torch.full((n,), sigma_min, device=device))
+        last = noisy(torch.full((n,), sigma_min, device=device, dtype=torch.float32))
         scores = -(last[..., None] - values).square()/(2*sigma_min**2)
         decoded = scores.log_softmax(-1).gather(-1, part.to(device)[..., None].long())
         out.append((total - decoded.sum((1, 2, 3, 4))).cpu())
@@ -164,7 +165,7 @@ class Muon:
     ):
         self.momentum, self.groups = momentum, {}
         for p in params: self.groups.setdefault(p.flatten(1).shape, []).append(p)
-        self.averages = [torch.zeros(len(ps), *shape, device=ps[0].device) for shape, ps in self.groups.items()]
+        self.averages = [torch.zeros(len(ps), *shape, device=ps[0].device, dtype=torch.float32) for shape, ps in self.groups.items()]
 
     @torch.no_grad()
     def step(self,
@@ -239,7 +240,7 @@ class State:
         self.ema = deepcopy(net).eval().requires_grad_(False)
         hidden = [p for p in net.parameters() if p.ndim > 1][1:-1] if recipe.muon_lr else []
         rest = [p for p in net.parameters() if not any(p is h for h in hidden)]
-        scalar = lambda: torch.zeros((), device=first.device)
+        scalar = lambda: torch.zeros((), device=first.device, dtype=torch.float32)
         self.muon, self.muon_lr = Muon(hidden), scalar()
         self.adam = torch.optim.Adam(rest, scalar(), fused=True, capturable=first.is_cuda)
         self.new, self.total, self.counted = scalar(), scalar(), 0

@@ -21,7 +21,7 @@ class Likelihood:
         x: torch.Tensor, # [n,C,H,W] in [0,1]; for a discrete family on its levels
         check: bool=True, # look whether the values of `x` are so
     ) -> torch.Tensor: # [n], nats
-        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` if `x` has another shape, or as `data.check_unit`."
+        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` for another shape, or as `check_unit`."
         if check: check_unit(x, self.levels)
         if x.shape != self.shape: raise ValueError(f"images of shape {tuple(self.shape)} expected, found {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False): return self.log_pixels(x.float()).flatten(1).sum(1)
@@ -35,7 +35,7 @@ def noise(
 ) -> torch.Tensor: # float32
     "Random numbers from `generator`, on the device of `like`."
     device = generator.device if generator is not None else like.device
-    return kind(tuple(shape), generator=generator, device=device).to(like.device)
+    return kind(tuple(shape), generator=generator, device=device, dtype=torch.float32).to(like.device)
 
 # %% ../nbs/02_likelihoods.ipynb #cell010
 def log_choose(
@@ -43,7 +43,7 @@ def log_choose(
     device=None, # where the table lies
 ) -> torch.Tensor: # [n+1]
     "Logs of the binomial coefficients: a table is faster than `lgamma` at every pixel."
-    return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device)
+    return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device, dtype=torch.float32)
 
 # %% ../nbs/02_likelihoods.ipynb #cell011
 class Binomial(Likelihood):
@@ -174,7 +174,8 @@ class Family:
     ):
         "Raises `ValueError` if the likelihood is that of another number of levels, or as `data.check_levels`."
         check_levels(images, levels)
-        if self.name != "gaussian" and self.levels != levels: raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
+        if self.name != "gaussian" and self.levels != levels:
+            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32

@@ -69,7 +69,7 @@ def noise_like(
     *parts, # what identifies the stream, as in `paths.generator`
 ) -> torch.Tensor: # standard normal, shaped like a sample of q
     "Evaluation noise: drawn on the CPU, so that it is the same on every device."
-    return torch.randn(q.loc.shape, generator=generator(*parts)).to(q.loc.device)
+    return torch.randn(q.loc.shape, generator=generator(*parts), dtype=torch.float32).to(q.loc.device)
 
 # %% ../nbs/11_metrics.ipynb #cell010
 @torch.no_grad()
@@ -171,7 +171,7 @@ def search(
     adam = torch.optim.Adam([{"params": p, "lr": lr*f} for p, f in zip(starts, (1, 4))], betas=(.9, .99))
     schedule, trace = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps), []
     for _ in range(steps):
-        e = torch.randn(samples//2, *q.loc.shape, generator=g).to(x.device)
+        e = torch.randn(samples//2, *q.loc.shape, generator=g, dtype=torch.float32).to(x.device)
         value = elbo_of(vae, x, *map(torch.stack, zip(*starts)), torch.cat([e, -e]))
         (-value.sum()).backward()
         adam.step(), adam.zero_grad(), schedule.step()
@@ -182,7 +182,7 @@ def search(
 @torch.no_grad()
 def averaged(vae, x, mean, log_var, samples, g): # as in `elbo_of`; number of samples; of the noise
     "`elbo_of` with many fresh samples, one at a time."
-    noise = (torch.randn(1, *x.shape[:1], *mean.shape[2:], generator=g).to(x.device) for _ in range(samples))
+    noise = (torch.randn(1, *x.shape[:1], *mean.shape[2:], generator=g, dtype=torch.float32).to(x.device) for _ in range(samples))
     return sum(elbo_of(vae, x, mean, log_var, e) for e in noise)/samples
 
 def one_batch(vae, images, levels, steps, samples, lr, final, seed, i): # as in `amortization_gap`; number of the batch
@@ -263,7 +263,7 @@ def attack(
 ) -> Attack:
     "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises as `data.check_unit`."
     check_unit(x)
-    start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed)).to(x)
+    start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed), dtype=torch.float32).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
     with evaluating(vae), trusting(vae):
         with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta)

@@ -15,7 +15,7 @@ from torch.distributions import Normal
 from torch.nn.functional import softplus
 from .data import check_unit
 from .likelihoods import Family, Likelihood, noise
-from .paths import ProjectError
+from .paths import ProjectError, float32
 
 # %% ../nbs/03_models.ipynb #cell005
 def draw(
@@ -122,6 +122,7 @@ def mlp(
     return [*hidden, nn.Linear(*sizes[-2:])]
 
 # %% ../nbs/03_models.ipynb #cell025
+@float32()
 def fully_connected(
     shape: tuple, # (C,H,W) of the images
     family: Family, # of the likelihood
@@ -164,6 +165,7 @@ def double(
     return nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
 
 # %% ../nbs/03_models.ipynb #cell040
+@float32()
 def residual(
     shape: tuple, # (C,H,W) of the images, H and W divisible by 4
     family: Family, # of the likelihood

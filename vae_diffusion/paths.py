@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ProjectError', 'named', 'cache', 'root', 'weights', 'published', 'figures', 'runs', 'writing', 'share', 'whole',
            'write_text', 'lock', 'hold', 'release', 'alone', 'stoppable', 'digest', 'file_digest', 'listed', 'enlist',
-           'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of', 'generator', 'nth_generator',
+           'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of', 'generator', 'float32', 'nth_generator',
            'save_tensors', 'load_tensors']
 
 # %% ../nbs/00_paths.ipynb #cell002
@@ -256,6 +256,15 @@ def generator(
 ) -> torch.Generator:
     "A random generator of its own for the stream that `parts` identify."
     return torch.Generator(device).manual_seed(seed_of(*parts))
+
+# %% ../nbs/00_paths.ipynb #10d7b902
+@contextmanager
+def float32():
+    "New tensors are float32 within, or in a function that this decorates."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
 
 # %% ../nbs/00_paths.ipynb #30bd943f
 def nth_generator(

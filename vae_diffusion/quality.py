@@ -29,6 +29,7 @@ class Block(nn.Module):
         self.net = nn.Sequential(*part(), *part())
     def forward(self, x): return x + self.net(x)
 
+@paths.float32()
 def classifier(
     channels: int, # of an image
     width: int=16, # of the first block

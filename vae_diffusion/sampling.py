@@ -15,7 +15,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from . import diffusion, paths
 from .data import to_levels
 from .diffusion import Denoiser
-from .paths import ProjectError, digest
+from .paths import ProjectError, digest, float32
 
 # %% ../nbs/06_sampling.ipynb #cell005
 def sigmas(
@@ -94,21 +94,25 @@ class EDMPipeline(DiffusionPipeline):
         return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
 
     @torch.no_grad()
+    @float32()
     def __call__(self,
         batch_size: int=1, # images
-        generator=None, # a `torch.Generator`, or a list of one an image, on the CPU or the pipeline's device; None is torch's own
+        generator=None, # a `torch.Generator`, or a list of one an image; None is torch's own
         num_inference_steps: int=18, # of the solver
-        output_type: str="pil", # pil; np: float32 [n,H,W,C] in [0,1]; pt: float32 [n,C,H,W] in [0,1]; latent: float64 [n,C,H,W] about [-1,1]
+        output_type: str="pil", # pil; np or pt: float32 in [0,1], [n,H,W,C] or [n,C,H,W]; latent: float64 about [-1,1]
         return_dict: bool=True, # an object with the `images`, or a tuple of them
-        solver: str="heun", # heun: 2·num_inference_steps − 1 evaluations of the network; multistep, stochastic: num_inference_steps
+        solver: str="heun", # heun: evaluates the network twice a step but the last; multistep, stochastic: once
         precision: str="float32", # in which a network of float32 computes: float32 or bfloat16
     ):
-        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on an unknown name or a number that does not fit."
+        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on a name or a number that does not fit."
         if solver not in ("heun", "multistep", "stochastic"): raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
-        if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
         if precision not in ("float32", "bfloat16"): raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
-        if min(batch_size, num_inference_steps) < 1: raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
-        if isinstance(generator, list) and len(generator) != batch_size: raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
+        if min(batch_size, num_inference_steps) < 1:
+            raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
         def net(x, t): return self.unet(x.to(self.unet.dtype), t)
         scheduler = stochastic(self.scheduler) if solver == "stochastic" else self.scheduler
@@ -171,10 +175,11 @@ Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretr
 def pipeline_code() -> str: # Python
     "`EDMPipeline` and what it needs of this library, as one file that needs diffusers alone."
     from vae_diffusion import sampling # the module, for a class that a notebook defines has no source
-    parts = [ProjectError, digest, to_levels, diffusion.coefficients, Denoiser,
+    parts = [ProjectError, digest, float32, to_levels, diffusion.coefficients, Denoiser,
              sampling.heun, sampling.multistep, sampling.stochastic, sampling.EDMPipeline]
     return f'''"{sampling.EDMPipeline.__doc__}"
 import hashlib, json, torch
+from contextlib import contextmanager
 from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor

@@ -39,7 +39,8 @@ class Repeat:
 
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W], images `start` to `start+n` of the stream
         "The images at positions `start` to `start+n`. Raises `ValueError` if there are none."
-        if start < 0 or n < 1: raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
+        if start < 0 or n < 1:
+            raise ValueError(f"a stream of images begins at 0, and a batch holds at least one: start {start}, n {n}")
         N, parts = len(self.images), []
         while n:
             i, at = divmod(start, N)
@@ -81,7 +82,7 @@ class Mixture:
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W]
         "The images at positions `start` to `start+n`."
         a, b = self.first.batch(start, n), self.second.batch(start, n)
-        pick = torch.rand(n, generator=generator("mixture", self.seed, start)).to(a.device) < self.share
+        pick = torch.rand(n, generator=generator("mixture", self.seed, start), dtype=torch.float32).to(a.device) < self.share
         return torch.where(pick[:, None, None, None], b, a)
 
 # %% ../nbs/08_training.ipynb #cell017
@@ -146,7 +147,7 @@ class Adam:
     ):
         self.params,self.lr = list(params),lr
         self.m,self.v = ([torch.zeros_like(p) for p in self.params] for _ in "mv")
-        self.steps = [torch.zeros((), device=p.device) for p in self.params]
+        self.steps = [torch.zeros((), device=p.device, dtype=torch.float32) for p in self.params]
 
     @torch.no_grad()
     def step(self):
@@ -215,7 +216,7 @@ def block(
 ) -> list: # of `STEPS` pairs: images uint8 [batch,C,H,W], noise [1,batch,L,...]
     "The images of steps `STEPS*i` to `STEPS*(i+1)`, and the noise of their latents."
     x = source.batch(i*STEPS*batch, STEPS*batch).to(device)
-    e = torch.randn(1, len(x), *vae.latent_shape, generator=generator("noise", seed, i, device=device), device=device)
+    e = torch.randn(1, len(x), *vae.latent_shape, generator=generator("noise", seed, i, device=device), device=device, dtype=torch.float32)
     return list(zip(x.split(batch), e.split(batch, 1)))
 
 # %% ../nbs/08_training.ipynb #6f52c88f

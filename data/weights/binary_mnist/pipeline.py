@@ -1,5 +1,6 @@
 "Unconditional sampling from an EDM diffusion model."
 import hashlib, json, torch
+from contextlib import contextmanager
 from torch import nn
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
@@ -17,11 +18,20 @@ def digest(
     return hashlib.sha256(obj).hexdigest()[:length]
 
 
+@contextmanager
+def float32():
+    "New tensors are float32 within, or in a function that this decorates."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
+
 def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, `ValueError` if it holds NaN."
+    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is float, `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
@@ -122,21 +132,25 @@ class EDMPipeline(DiffusionPipeline):
         return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
 
     @torch.no_grad()
+    @float32()
     def __call__(self,
         batch_size: int=1, # images
-        generator=None, # a `torch.Generator`, or a list of one an image, on the CPU or the pipeline's device; None is torch's own
+        generator=None, # a `torch.Generator`, or a list of one an image; None is torch's own
         num_inference_steps: int=18, # of the solver
-        output_type: str="pil", # pil; np: float32 [n,H,W,C] in [0,1]; pt: float32 [n,C,H,W] in [0,1]; latent: float64 [n,C,H,W] about [-1,1]
+        output_type: str="pil", # pil; np or pt: float32 in [0,1], [n,H,W,C] or [n,C,H,W]; latent: float64 about [-1,1]
         return_dict: bool=True, # an object with the `images`, or a tuple of them
-        solver: str="heun", # heun: 2·num_inference_steps − 1 evaluations of the network; multistep, stochastic: num_inference_steps
+        solver: str="heun", # heun: evaluates the network twice a step but the last; multistep, stochastic: once
         precision: str="float32", # in which a network of float32 computes: float32 or bfloat16
     ):
-        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on an unknown name or a number that does not fit."
+        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on a name or a number that does not fit."
         if solver not in ("heun", "multistep", "stochastic"): raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
-        if output_type not in ("pil", "np", "pt", "latent"): raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
         if precision not in ("float32", "bfloat16"): raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
-        if min(batch_size, num_inference_steps) < 1: raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
-        if isinstance(generator, list) and len(generator) != batch_size: raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
+        if min(batch_size, num_inference_steps) < 1:
+            raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
         def net(x, t): return self.unet(x.to(self.unet.dtype), t)
         scheduler = stochastic(self.scheduler) if solver == "stochastic" else self.scheduler
