@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'config', 'Run', 'keep_memory', 'possible', 'open_run',
-           'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose',
-           'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder', 'pipeline_of',
-           'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate', 'curve_rows',
-           'changed', 'require']
+           'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'as_markdown', 'read', 'device',
+           'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder',
+           'pipeline_of', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate',
+           'curve_rows', 'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import ctypes, json, os, platform, shutil, time
@@ -189,6 +189,17 @@ def read_table(
 ) -> pd.DataFrame:
     "Reads results; a digest such as 292e8853 stays text. Raises `ProjectError` if the file is not what was written."
     return pd.read_csv(BytesIO(paths.checked(file)), dtype={"config": str})
+
+def as_markdown(
+    table: pd.DataFrame, # tidy results
+) -> str:
+    "Results as they are printed: one row a number, a cell left empty where there is none."
+    number = lambda v, form: "" if pd.isna(v) else format(v, form)
+    cells = [["metric", "epoch", "value", "stderr", "n", "unit"]]
+    cells += [[r.metric, number(r.epoch, "g"), number(r.value, ".3f"), number(r.stderr, ".3f"), number(r.n, "d"), r.unit] for r in table.itertuples()]
+    wide = [max(map(len, column)) for column in zip(*cells)]
+    cells[1:1] = [["-"*wide[0], *("-"*(w - 1) + ":" for w in wide[1:5]), "-"*wide[5]]]
+    return "\n".join("| " + " | ".join(c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide))) + " |" for line in cells)
 
 def read(
     run: Run, # a run that is done
