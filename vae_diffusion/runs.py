@@ -41,7 +41,8 @@ def published_weights(s: Settings) -> str: # digest
     folder = paths.weights()/s.dataset
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
     if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make weights`")
-    return digest(b"".join(f.read_bytes() for f in files))
+    try: return digest(b"".join(f.read_bytes() for f in files))
+    except OSError as e: raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): make it readable, or restore it from git") from e
 
 def config(
     stage: str, # an experiment notebook, or "bank"
@@ -305,7 +306,10 @@ def publish_weights(
 ):
     "Copies the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if it is not trained."
     source = weights_folder(replace(s, weights="trained"))
-    with paths.whole_folder(paths.weights()/(name or s.dataset)) as new: shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    with paths.whole_folder(paths.weights()/(name or s.dataset)) as new:
+        for f in source.rglob("*"): # content alone: not every disk takes permissions
+            if f.is_dir(): (new/f.relative_to(source)).mkdir(parents=True, exist_ok=True)
+            elif f.name != "SHA256SUMS": shutil.copyfile(f, new/f.relative_to(source))
 
 # %% ../nbs/13_runs.ipynb #cell023
 def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler
