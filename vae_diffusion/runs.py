@@ -198,7 +198,7 @@ def as_markdown(
     number = lambda v, form: "" if pd.isna(v) else format(v, form)
     cells = [["metric", "epoch", "value", "stderr", "n", "unit"]]
     cells += [[r.metric, number(r.epoch, "g"), number(r.value, ".3f"), number(r.stderr, ".3f"), number(r.n, "d"), r.unit] for r in table.itertuples()]
-    wide = [max(map(len, column)) for column in zip(*cells)]
+    wide = [max(3, *map(len, column)) for column in zip(*cells)]
     cells[1:1] = [["-"*wide[0], *("-"*(w - 1) + ":" for w in wide[1:5]), "-"*wide[5]]]
     return "\n".join("| " + " | ".join(c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide))) + " |" for line in cells)
 
