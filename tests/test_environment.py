@@ -1,6 +1,7 @@
 "What the surroundings may be: whose disk it is, what it can do, and where the variables point."
 import errno
 import fcntl
+import mmap
 import multiprocessing
 import os
 import subprocess
@@ -107,6 +108,25 @@ def test_a_disk_without_locks_or_permissions(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "chmod", refuse)
     paths.write_text(tmp_path / "a.txt", "a", listed=True)
     assert paths.checked(tmp_path / "a.txt") == b"a"
+
+
+def test_a_disk_that_cannot_be_mapped_into_memory(tmp_path, monkeypatch):
+    def refuse(*args, **options): raise OSError(errno.ENODEV, os.strerror(errno.ENODEV))
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    bank = SampleBank(tmp_path / "bank").fill(Grey(), 20, batch=5, shard=10, progress=False)
+    assert len(bank[:]) == len(SampleBank(tmp_path / "bank")[:]) == 20
+
+
+def test_a_model_is_published_where_permissions_cannot_be_set(tmp_path, monkeypatch):
+    def refuse(*args, **options): raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    (tmp_path / "model/unet").mkdir(parents=True)
+    for name in "model_index.json", "unet/config.json", "SHA256SUMS": (tmp_path / "model" / name).write_text(name)
+    monkeypatch.setattr(runs, "weights_folder", lambda s: tmp_path / "model")
+    monkeypatch.setattr(paths, "weights", lambda: tmp_path / "weights")
+    monkeypatch.setattr(os, "chmod", refuse)
+    runs.publish_weights(Settings())
+    paths.check_all(tmp_path / "weights/digits")
+    assert (tmp_path / "weights/digits/unet/config.json").read_text() == "unet/config.json"
 
 
 PLACES = "from vae_diffusion import data, paths; print(paths.runs(), paths.cache(), paths.named('VAE_DIFFUSION_DATA', paths.root()), sep='|')"

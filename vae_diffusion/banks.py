@@ -6,7 +6,7 @@
 __all__ = ['NOISE', 'SampleBank', 'generators', 'fill']
 
 # %% ../nbs/05_banks.ipynb #cell002
-import json, time, torch
+import json, os, time, torch
 import numpy as np
 from pathlib import Path
 from tqdm import tqdm
@@ -34,14 +34,15 @@ class SampleBank:
 
     def _manifest(self):
         path = self.folder/"manifest.json"
-        if not path.exists() and any(self.folder.glob("*.npy")): self._refuse(path, "a manifest", "none beside the shards")
-        return json.loads(paths.checked(path)) if path.exists() else {"count": 0, "seconds": 0., "identity": {}, "shards": []}
+        if not os.path.exists(path) and any(self.folder.glob("*.npy")): self._refuse(path, "a manifest", "none beside the shards")
+        return json.loads(paths.checked(path)) if os.path.exists(path) else {"count": 0, "seconds": 0., "identity": {}, "shards": []}
 
     def _shard(self, shard, verify):
         path = self.folder/shard["file"]
         try:
             if verify and (found := paths.file_digest(path)) != shard["digest"]: self._refuse(path, shard["digest"], found)
-            return np.load(path, mmap_mode="r")
+            try: return np.load(path, mmap_mode="r")
+            except OSError: return np.load(path) # on a disk that cannot be mapped into memory
         except OSError as e: self._refuse(path, shard["digest"], f"no readable file ({e.strerror or e})")
 
     def _refuse(self, path, expected, found):
@@ -120,8 +121,9 @@ def _add(self: SampleBank, start, images, identity, seconds):
     path = self.folder/f"{start:08d}-{stop:08d}.npy"
     with paths.whole(path) as tmp, open(tmp, "wb") as f: np.save(f, images)
     kept = self.manifest["shards"][:start//identity["shard"]]
-    self._keep(kept + [{"file": path.name, "start": start, "stop": stop, "digest": paths.file_digest(path)}], stop, self.manifest["seconds"] + seconds, identity)
-    self.maps[len(kept):] = [np.load(path, mmap_mode="r")]
+    new = {"file": path.name, "start": start, "stop": stop, "digest": paths.file_digest(path)}
+    self._keep(kept + [new], stop, self.manifest["seconds"] + seconds, identity)
+    self.maps[len(kept):] = [self._shard(new, False)]
     self._tidy()
 
 def _same(self: SampleBank, identity):

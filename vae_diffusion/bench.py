@@ -16,7 +16,6 @@ from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from torch.nn.functional import softplus
@@ -401,7 +400,7 @@ def speed_figure(
     "Speed of each way over its rival's."
     s = s[s.ratio.notna() & ~s.case.isin(RIVALS.values())].iloc[::-1].reset_index()
     with mpl.rc_context(figures.STYLE):
-        fig, ax = plt.subplots(figsize=(5.6, .6 + .24*len(s)), layout="constrained")
+        fig, ax = figures.subplots(figsize=(5.6, .6 + .24*len(s)))
         ax.axvline(1, color="#999999", lw=.8)
         for i, r in s.iterrows():
             color = figures.COLORS["dmaapx"] if r.case.startswith("ours") else "#666666"
@@ -427,7 +426,7 @@ def growth_figure(
     "Milliseconds a training step and memory, against one number at a time."
     t = table[table.benchmark == "growth"].assign(ms=lambda t: 1e3/t.value)
     with mpl.rc_context(figures.STYLE):
-        fig, axes = plt.subplots(2, len(GROWTH), figsize=(7, 2.9), layout="constrained", sharex="col", sharey="row")
+        fig, axes = figures.subplots(2, len(GROWTH), figsize=(7, 2.9), sharex="col", sharey="row")
         for column, (name, values) in zip(axes.T, GROWTH.items()):
             g = t[t.case == name].groupby("x")
             for ax, what in zip(column, ("ms", "memory")):

@@ -8,7 +8,6 @@ __all__ = ['QUANTILES', 'REAL', 'USED', 'Block', 'classifier', 'run', 'learn', '
 
 # %% ../nbs/18_quality.ipynb #cell002
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
@@ -17,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from tqdm import tqdm
 from . import metrics, paths
 from .data import Dataset, check_levels, pad, to_unit
-from .figures import COLORS, STYLE, nearest
+from .figures import COLORS, STYLE, nearest, subplots
 from .runs import row
 
 # %% ../nbs/18_quality.ipynb #cell005
@@ -165,7 +164,7 @@ def figure(
     found = table[table.metric == "two_sample_sample"].variant.unique() # at most three
     ways = dict(zip(found, [*("#CC79A7", "#E69F00")[:len(found) - 1], COLORS["dmaapx"]], strict=True))
     with mpl.rc_context(STYLE):
-        fig, (bound, told, elbo, near) = plt.subplots(1, 4, figsize=(8.4, 2.5), layout="constrained")
+        fig, (bound, told, elbo, near) = subplots(1, 4, figsize=(8.4, 2.5))
         bounds = {style: curve(f"bound_{part}") for part, style in (("train", "--"), ("test", "-"))}
         for style, t in bounds.items(): bound.plot(t.epoch, t.value, style, color=REAL)
         bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(min(t.value.iloc[len(t)//8] for t in bounds.values()), None))
@@ -210,7 +209,7 @@ def recipes(
     "Distance of samples to the nearest training image against the bound on log p, one numbered point a recipe."
     t = compare(table)
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(5.4, 2.6), layout="constrained")
+        fig, ax = subplots(figsize=(5.4, 2.6))
         for i, (name, r) in enumerate(t.iterrows(), 1):
             ax.plot(r["bound at the end"], r["samples: distance"], "o", ms=9, mfc="white", mec=COLORS["dmaapx"] if name.startswith(USED) else REAL)
             ax.annotate(str(i), (r["bound at the end"], r["samples: distance"]), ha="center", va="center_baseline", fontsize=6)

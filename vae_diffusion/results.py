@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METHODS', 'CLAIMS', 'grid', 'collect', 'store', 'publish', 'published', 'reported', 'over_seeds', 'final',
-           'summary', 'markdown', 'difference', 'verdict', 'claims', 'provenance', 'claims_markdown', 'one_run']
+           'summary', 'markdown', 'difference', 'verdict', 'claims', 'provenance', 'claims_markdown']
 
 # %% ../nbs/14_results.ipynb #cell002
 from dataclasses import replace
@@ -203,13 +203,3 @@ def claims_markdown(
             cells.append(f"{r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}] **{r.verdict}**" if r else "-")
         lines.append(f"| {claim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-def one_run(
-    table: pd.DataFrame, # tidy results
-    method: str, # its name
-    seed: int, # the seed
-    k: int, # bank size, for `dmaapx`
-) -> str: # Markdown
-    "What the measurement of one run gives, as its notebook shows it."
-    t = pd.concat([final(table[(table.method == method) & (table.seed == seed)], m, k) for m in ("amortization_gap", "elbo_star_test", "iwae_test", "robustness_gap")])
-    return "\n".join(["| metric | value | stderr | n |", "|---|---:|---:|---:|"] + [f"| `{r.metric}` | {r.value:.3f} | {r.stderr:.3f} | {r.n} |" for r in t.itertuples()])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'config', 'Run', 'keep_memory', 'possible', 'open_run',
-           'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'read', 'device', 'dataset_of', 'choose',
-           'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder', 'pipeline_of',
-           'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate', 'curve_rows',
-           'changed', 'require']
+           'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'as_markdown', 'read', 'device',
+           'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder',
+           'pipeline_of', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate',
+           'curve_rows', 'changed', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import ctypes, json, os, platform, shutil, time
@@ -41,7 +41,8 @@ def published_weights(s: Settings) -> str: # digest
     folder = paths.weights()/(s.dataset if s.weights == "published" else s.weights)
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
     if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make weights`")
-    return digest(b"".join(f.read_bytes() for f in files))
+    try: return digest(b"".join(f.read_bytes() for f in files))
+    except OSError as e: raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): make it readable, or restore it from git") from e
 
 def config(
     stage: str, # an experiment notebook, or "bank"
@@ -191,6 +192,17 @@ def read_table(
     "Reads results; a digest such as 292e8853 stays text. Raises `ProjectError` if the file is not what was written."
     return pd.read_csv(BytesIO(paths.checked(file)), dtype={"config": str})
 
+def as_markdown(
+    table: pd.DataFrame, # tidy results
+) -> str:
+    "Results as they are printed: one row a number, a cell left empty where there is none."
+    number = lambda v, form: "" if pd.isna(v) else format(v, form)
+    cells = [["metric", "epoch", "value", "stderr", "n", "unit"]]
+    cells += [[r.metric, number(r.epoch, "g"), number(r.value, ".3f"), number(r.stderr, ".3f"), number(r.n, "d"), r.unit] for r in table.itertuples()]
+    wide = [max(3, *map(len, column)) for column in zip(*cells)]
+    cells[1:1] = [["-"*wide[0], *("-"*(w - 1) + ":" for w in wide[1:5]), "-"*wide[5]]]
+    return "\n".join("| " + " | ".join(c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(line, wide))) + " |" for line in cells)
+
 def read(
     run: Run, # a run that is done
 ) -> pd.DataFrame: # with the columns `COLUMNS`
@@ -295,7 +307,10 @@ def publish_weights(
 ):
     "Copies the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if it is not trained."
     source = weights_folder(replace(s, weights="trained"))
-    with paths.whole_folder(paths.weights()/(name or s.dataset)) as new: shutil.copytree(source, new, dirs_exist_ok=True, ignore=shutil.ignore_patterns("SHA256SUMS"))
+    with paths.whole_folder(paths.weights()/(name or s.dataset)) as new:
+        for f in source.rglob("*"): # content alone: not every disk takes permissions
+            if f.is_dir(): (new/f.relative_to(source)).mkdir(parents=True, exist_ok=True)
+            elif f.name != "SHA256SUMS": shutil.copyfile(f, new/f.relative_to(source))
 
 # %% ../nbs/13_runs.ipynb #cell023
 def scheduler_of(s: Settings): # -> EDMDPMSolverMultistepScheduler

@@ -7,10 +7,9 @@ __all__ = ['PAPER', 'evaluations', 'against', 'cheapest', 'figure']
 
 # %% ../nbs/16_samplers.ipynb #cell002
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from .figures import COLORS, STYLE
+from .figures import COLORS, STYLE, subplots
 from .results import final, over_seeds
 
 # %% ../nbs/16_samplers.ipynb #cell005
@@ -51,7 +50,7 @@ def figure(
     "Test ELBO of the VAEs against the evaluations of the sampler behind their bank."
     title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval, {table.seed.nunique()} seeds"
     with mpl.rc_context(STYLE):
-        fig, ax = plt.subplots(figsize=(4, 2.8), layout="constrained")
+        fig, ax = subplots(figsize=(4, 2.8))
         for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver"), ("stochastic", "#CC79A7", "stochastic solver")):
             t = final(table, "elbo_test")
             t = t[t.variant.str.startswith(solver)]

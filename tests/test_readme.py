@@ -1,0 +1,86 @@
+"Every output that README promises comes when its commands are typed."
+import multiprocessing
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import nbformat
+import papermill
+import pytest
+import torch
+import yaml
+from conftest import ROOT
+from vae_diffusion import settings
+
+sys.path.insert(0, str(ROOT / "workflow"))
+import warm  # noqa: F401, for its papermill engine
+
+README = (ROOT / "README.md").read_text()
+
+
+def section(title):
+    "The text below a heading."
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def block(text, language):
+    "The first block of code in a language."
+    return re.search(rf"```{language}\n(.*?)```", text, re.S)[1]
+
+
+def table(text):
+    "The first table of a text: a dict a row."
+    lines = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in re.search(r"(\|.*\|\n?)+", text)[0].splitlines()]
+    return [dict(zip(lines[0], line)) for line in lines[2:]]
+
+
+def test_one_number_is_printed_and_a_second_call_returns_it(tmp_path):
+    text = section("Rerun one number")
+    command = block(text, "bash").replace(".venv/bin/papermill", "papermill").replace("/tmp/out.ipynb", str(tmp_path / "out.ipynb"))
+    promised = table(text.split("It prints,")[1])
+    said = [subprocess.run(["bash", "-c", command], cwd=ROOT, env=os.environ | {"VAE_DIFFUSION_RUNS": str(tmp_path)}, capture_output=True, text=True, check=True).stdout for _ in range(2)]
+    assert said[0] == said[1]
+    printed = {row["metric"]: row for row in table(said[0])}
+    assert len(promised) == len(printed) > 3
+    for row in promised:
+        found = printed[row["metric"]]
+        assert [found[c] for c in ("epoch", "n", "unit")] == [row[c] for c in ("epoch", "n", "unit")]
+        assert float(found["value"]) == pytest.approx(float(row["value"]), abs=float(row["stderr"]))
+
+
+PROMISED = {"train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"}, "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"}, "sample_bank": {"nearest_train_sample", "nearest_train_test"},
+            "train_diffusion": {"bound_train", "bound_test"}, "measure_diffusion": {"two_sample_sample", "two_sample_test"}}
+
+
+def test_every_other_number_is_printed(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    rows, before = table(section("Rerun one number").split("Every other number")[1]), []
+    assert {row["notebook"].strip("`") for row in rows} == {*PROMISED, ""}
+    for row in rows[:-1]:
+        options = shlex.split(row["parameters"].strip("`")) if row["parameters"] != "the same" else before
+        before, stage = options, row["notebook"].strip("`")
+        wishes = {name: yaml.safe_load(value) for name, value in zip(options[1::3], options[2::3])}
+        execute = lambda: papermill.execute_notebook(ROOT / f"nbs/experiments/{stage}.ipynb", tmp_path / "out.ipynb", wishes, engine_name="in_process", kernel_name="python3", progress_bar=False)
+        process = multiprocessing.get_context("fork").Process(target=execute)
+        process.start()
+        process.join()
+        assert process.exitcode == 0, row
+        printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
+        assert PROMISED[stage] <= {r["metric"] for r in table(printed)}, row
+    names = yaml.safe_load((ROOT / shlex.split(rows[-1]["parameters"].strip("`"))[1]).read_text())
+    assert settings.params(names["dataset"], names["scale"]).dataset == "binary_mnist"
+
+
+def test_the_parts_do_what_their_comments_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    lines = block(section("Use the parts"), "python")
+    exec(lines, names := {})
+    kind, *shape = re.findall(r"images = .*# (\w+) \[(\d+),(\d+),(\d+),(\d+)\]", lines)[0]
+    assert names["images"].dtype == getattr(torch, kind) and names["images"].shape == tuple(map(int, shape))
+    assert names["digits"].train.ndim == names["digits"].test.ndim == 4 and names["digits"].train.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("link", sorted({*re.findall(r"\]\(([^)#:]+)\)", README)}))
+def test_links_lead_somewhere(link): assert (ROOT / link).exists()
