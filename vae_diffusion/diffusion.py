@@ -173,10 +173,11 @@ class Muon:
     ):
         "Make one step with the gradients that are there."
         for (shape, ps), m in zip(self.groups.items(), self.averages):
-            g = torch.stack([p.grad.flatten(1) for p in ps])
+            g = torch.stack([p.grad.movedim(1, -1).flatten(1) for p in ps])
             m.lerp_(g, 1 - self.momentum)
             u = orthogonalize(g.lerp(m, self.momentum)).float()*(lr*max(1, shape[0]/shape[1])**.5)
-            torch._foreach_sub_(ps, [d.view_as(p) for p, d in zip(ps, u.contiguous())])
+            like = lambda d, p: d.reshape(p.movedim(1, -1).shape).movedim(-1, 1)
+            torch._foreach_sub_(ps, [like(d, p) for d, p in zip(u, ps)])
 
 # %% ../nbs/04_diffusion.ipynb #cell032
 @dataclass(frozen=True)
