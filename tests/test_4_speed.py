@@ -3,12 +3,13 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import run
-from vae_diffusion import bench, data, metrics, models, paths, training
+from vae_diffusion import bench, data, diffusion, metrics, models, paths, training
 from vae_diffusion.likelihoods import family
 
 
@@ -27,6 +28,56 @@ def test_compiled_training_gives_the_plain_numbers(bf16, build):
         elbos.append(metrics.elbo(vae, digits.test, 17, samples=4).mean().item())
     assert abs(losses[0] - losses[1]) < 0.1 and abs(elbos[0] - elbos[1]) < 0.1, "nats"
     assert losses[0] != losses[1], "both ran the same code"
+
+
+class Toy(torch.nn.Module):
+    "A network small enough to be compiled in seconds."
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Conv2d(a, b, 3, padding=1) for a, b in ((1, 8), (8, 8), (8, 1))))
+
+    def forward(self, x, c): return SimpleNamespace(sample=self.layers(torch.nn.functional.silu(x) + c.reshape(-1, 1, 1, 1)))
+
+
+def diffusion_losses(build, compiled, device="cpu", steps=6):
+    "Losses of the first steps, and the moving average that they leave."
+    digits = data.load("digits")
+    torch.manual_seed(0)
+    net = build().to(device)
+    recipe = diffusion.Recipe(batch=32, lr=2e-3, muon_lr=0.01, warmup_images=100, ema_halflife_images=1000)
+    state, losses = diffusion.State(net, recipe, compiled), []
+    for x in digits.train[:32*steps].split(32):
+        state.step(2*data.to_unit(x.to(device), 17) - 1)
+        losses.append(state.mean_loss())
+        state.total.zero_()
+        state.counted = 0
+    return torch.tensor(losses), torch.cat([p.flatten().cpu() for p in state.ema.parameters()]), state
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_diffusion_training_gives_the_plain_numbers():
+    (plain, ema, _), (fast, fast_ema, state) = (diffusion_losses(Toy, compiled) for compiled in (False, True))
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(fast_ema, ema, rtol=0, atol=2e-3)
+    assert state.denoiser.net is not state.net, "both ran the same code"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_diffusion_training_as_a_cuda_graph_gives_the_plain_numbers():
+    build = lambda: diffusion.unet(8, 1, (8, 16))
+    (plain, ema, _), (fast, fast_ema, state) = (diffusion_losses(build, compiled, "cuda", 12) for compiled in (False, True))
+    torch.testing.assert_close(fast, plain, rtol=1e-3, atol=0)
+    torch.testing.assert_close(fast_ema, ema, rtol=0, atol=2e-3)
+    assert state.run.graph is not None
+
+
+def test_diffusion_training_goes_on_where_compiling_fails(monkeypatch, capsys):
+    def fails(net, **how): return lambda *args: 1/0
+    plain = diffusion_losses(Toy, False)
+    monkeypatch.setattr(torch, "compile", fails)
+    found = diffusion_losses(Toy, True)
+    assert capsys.readouterr().out.count("Compiling failed, training goes on without: ZeroDivisionError") == 1
+    for a, b in zip(found[:2], plain): torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_search_and_attack_bear_fast_products():
