@@ -59,8 +59,10 @@ def figures() -> Path: # one folder per data set and scale
     return root()/"figures"
 
 def runs() -> Path: # one folder per data set and scale
-    "Run folders, ignored by git: `VAE_DIFFUSION_RUNS`, or `runs` below the root."
-    return named("VAE_DIFFUSION_RUNS", root()) or root()/"runs"
+    "Run folders, ignored by git: `VAE_DIFFUSION_RUNS`, or `runs` below the root. Raises `ProjectError` for a name with braces."
+    folder = named("VAE_DIFFUSION_RUNS", root()) or root()/"runs"
+    if set("{}") & set(str(folder)): raise ProjectError(f"{folder} has braces in its name, which papermill and snakemake take for placeholders: set VAE_DIFFUSION_RUNS to another folder")
+    return folder
 
 # %% ../nbs/00_paths.ipynb #cell011
 @contextmanager
