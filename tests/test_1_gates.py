@@ -103,6 +103,13 @@ def test_readme_is_made_from_index(tmp_path):
         assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
 
 
+@pytest.mark.parametrize("file", tracked("data/weights/*/pipeline.py"))
+def test_code_beside_published_weights_is_the_librarys(file):
+    from vae_diffusion import paths, sampling
+    assert (ROOT / file).read_text() == sampling.pipeline_code(), f"{file} is not what `sampling.save` writes now"
+    paths.check_all((ROOT / file).parent)
+
+
 def test_studies_page_shows_every_study():
     text = (ROOT / "nbs/19_studies.ipynb").read_text()
     for file in tracked("nbs/experiments/studies/*.yaml"): assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"

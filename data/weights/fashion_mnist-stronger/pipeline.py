@@ -1,0 +1,177 @@
+"Unconditional sampling from an EDM diffusion model."
+import hashlib, json, torch
+from contextlib import contextmanager
+from torch import nn
+from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+
+class ProjectError(Exception):
+    "An error that the user can mend: the message says what was wrong and what to do."
+
+
+def digest(
+    obj, # bytes, or anything that JSON can hold
+    length: int=12, # hexadecimal digits kept
+) -> str:
+    "SHA-256 of `obj`, shortened. Raises `TypeError`, or `ValueError` for a number that is not finite, if JSON cannot hold `obj`."
+    if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
+    return hashlib.sha256(obj).hexdigest()[:length]
+
+
+@contextmanager
+def float32():
+    "New tensors are float32 within, or in a function that this decorates."
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try: yield
+    finally: torch.set_default_dtype(before)
+
+
+def to_levels(
+    x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
+    levels: int, # how many values a pixel can take, 2..256
+) -> torch.Tensor: # uint8 in 0..levels-1
+    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is float, `ValueError` for NaN."
+    if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
+    if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
+    return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
+
+
+def coefficients(
+    sigma, # [n], noise levels > 0
+    sigma_data: float, # standard deviation of the images in [-1,1]
+): # -> c_skip, c_out, c_in [n,1,1,1] and c_noise [n]
+    "The preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
+    s, d = sigma.reshape(-1, 1, 1, 1), sigma_data
+    total = (s**2 + d**2).sqrt()
+    return d**2/total**2, s*d/total, 1/total, sigma.log()/4
+
+
+class Denoiser(nn.Module):
+    "The expected clean image D(x;σ), given a noisy one: Karras et al. 2022, equation 7."
+    def __init__(self,
+        net, # takes ([n,C,H,W], [n]) and returns an object with `.sample` [n,C,H,W], such as a UNet2DModel
+        sigma_data: float=0.5, # standard deviation of the images in [-1,1]
+        autocast=None, # dtype in which the network computes, such as torch.bfloat16, or None for its own
+    ):
+        super().__init__()
+        self.net, self.sigma_data, self.autocast = net, sigma_data, autocast
+
+    def forward(self,
+        x, # [n,C,H,W], images in [-1,1] plus noise
+        sigma, # [n], the noise levels
+    ): # -> [n,C,H,W], in the dtype of x
+        c_skip, c_out, c_in, c_noise = coefficients(sigma.to(x.dtype), self.sigma_data)
+        with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
+            out = self.net((c_in*x).float(), c_noise.float()).sample
+        return c_skip*x + c_out*out.to(x.dtype)
+
+
+@torch.no_grad()
+def heun(
+    denoiser, # D(x;σ), takes ([n,C,H,W], [n])
+    x, # [n,C,H,W], noise of standard deviation sigmas[0]
+    sigmas, # [steps+1], falling noise levels
+    progress=iter, # wraps the steps, such as tqdm
+): # -> float64 [n,C,H,W]
+    "Deterministic second-order sampling: Karras et al. 2022, algorithm 1."
+    def slope(x, s): return (x - denoiser(x, s.expand(len(x)).to(x.device)))/s
+    x = x.double()
+    for s, t in progress(list(zip(sigmas[:-1], sigmas[1:]))):
+        first = slope(x, s)
+        euler = x + (t - s)*first
+        x = euler if t == 0 else x + (t - s)*(first + slope(euler, t))/2
+    return x
+
+
+@torch.no_grad()
+def multistep(
+    net, # UNet2DModel
+    scheduler, # EDMDPMSolverMultistepScheduler, its steps set
+    x, # [n,C,H,W], noise of standard deviation scheduler.sigmas[0]
+    autocast=None, # dtype in which the network computes, or None for its own
+    progress=iter, # wraps the steps, such as tqdm
+    generators=None, # one an image, if the scheduler's algorithm draws noise
+): # -> float64 [n,C,H,W]
+    "Second-order sampling with one evaluation a step, by diffusers: deterministic or stochastic, as the scheduler is."
+    scheduler.set_begin_index(0)
+    x = x.double()
+    for t in progress(scheduler.timesteps):
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            out = net(scheduler.scale_model_input(x, t).float(), t.expand(len(x))).sample
+        x = scheduler.step(out.double(), t, x, generator=generators).prev_sample
+    return x
+
+
+def stochastic(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
+    "A scheduler with the same levels for the stochastic equation: SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
+    return EDMDPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
+
+
+class EDMPipeline(DiffusionPipeline):
+    "Unconditional sampling from an EDM diffusion model."
+    model_cpu_offload_seq = "unet"
+    def __init__(self,
+        unet: UNet2DModel, # the averaged network
+        scheduler: EDMDPMSolverMultistepScheduler, # holds sigma_data and the noise levels
+        levels: int=256, # of a pixel
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_to_config(levels=levels)
+
+    @property
+    def shape(self): # C, H, W
+        return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
+
+    def identity(self) -> dict: # what JSON can hold
+        "What the samples depend on: the weights' digest, the scheduler's configuration, the levels and the shape."
+        state = sorted(self.unet.state_dict().items())
+        weights = digest(b"".join(k.encode() + v.float().cpu().numpy().tobytes() for k, v in state))
+        scheduler = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
+        return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
+
+    @torch.no_grad()
+    @float32()
+    def __call__(self,
+        batch_size: int=1, # images
+        generator=None, # a `torch.Generator`, or a list of one an image; None is torch's own
+        num_inference_steps: int=18, # of the solver
+        output_type: str="pil", # pil; np or pt: float32 in [0,1], [n,H,W,C] or [n,C,H,W]; latent: float64 about [-1,1]
+        return_dict: bool=True, # an object with the `images`, or a tuple of them
+        solver: str="heun", # heun: evaluates the network twice a step but the last; multistep, stochastic: once
+        precision: str="float32", # in which a network of float32 computes: float32 or bfloat16
+    ):
+        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on a name or a number that does not fit."
+        if solver not in ("heun", "multistep", "stochastic"): raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
+        if precision not in ("float32", "bfloat16"): raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
+        if min(batch_size, num_inference_steps) < 1:
+            raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
+        if isinstance(generator, list) and len(generator) != batch_size:
+            raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
+        autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
+        def net(x, t): return self.unet(x.to(self.unet.dtype), t)
+        scheduler = stochastic(self.scheduler) if solver == "stochastic" else self.scheduler
+        scheduler.set_timesteps(num_inference_steps, device=device)
+        levels = scheduler.sigmas.double()
+        x = levels[0]*randn_tensor((batch_size, *self.shape), generator, device, torch.float32).double()
+        if solver == "heun": x = heun(Denoiser(net, scheduler.config.sigma_data, autocast), x, levels, self.progress_bar)
+        else: x = multistep(net, scheduler, x, autocast, self.progress_bar, generator)
+        self.maybe_free_model_hooks()
+        if not x.isfinite().all(): raise ProjectError(
+            "The samples are not finite: the weights are damaged or precision is too low. Try precision float32, or make the weights again.")
+        images = self.output(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def output(self,
+        x, # float64 [n,C,H,W] about [-1,1]
+        output_type: str, # as in a call
+    ):
+        "The images in the form that is asked for."
+        if output_type == "latent": return x
+        images = to_levels((x.float() + 1)/2, self.config.levels).float()/(self.config.levels - 1)
+        if output_type == "pt": return images
+        images = images.permute(0, 2, 3, 1).cpu().numpy()
+        return images if output_type == "np" else self.numpy_to_pil(images)
