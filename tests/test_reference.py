@@ -108,8 +108,8 @@ def dpm(model, d, x, levels, noise=None):
 @pytest.mark.parametrize("solver, steps", [("heun", 6), ("multistep", 8), ("stochastic", 8)])
 def test_bank_of_each_solver(digits, tmp_path, solver, steps):
     pipe, d = sampling.load_pipeline(paths.weights() / "digits"), .75
-    bank = banks.SampleBank(tmp_path).fill(pipe, 24, seed=5, batch=8, shard=16, progress=False, steps=steps, solver=solver)
-    g = [paths.generator("bank", 5, i) for i in range(24)]
+    bank = banks.SampleBank(tmp_path).fill(pipe, 24, seed=5, batch=8, shard=16, progress=False, num_inference_steps=steps, solver=solver)
+    g = [paths.nth_generator(i, "bank", 5) for i in range(24)]
     levels = torch.cat([40 * (.03 / 40)**(torch.arange(steps).double() / (steps - 1)), torch.zeros(1)])
     draw = lambda kind=torch.float64: torch.stack([torch.randn(1, 8, 8, generator=one, dtype=kind) for one in g])
     with torch.no_grad():
@@ -125,7 +125,7 @@ def bank(tmp_path_factory):
     "The images that the published bank of digits begins with: all that k = 1 takes."
     s = settings.params("digits")
     pipe = sampling.load_pipeline(paths.weights() / "digits")
-    return banks.SampleBank(tmp_path_factory.mktemp("bank")).fill(pipe, 1437, s.bank_seed, progress=False, steps=s.steps, solver=s.solver, precision="float32")
+    return banks.SampleBank(tmp_path_factory.mktemp("bank")).fill(pipe, 1437, s.bank_seed, s.bank_noise, progress=False, num_inference_steps=s.steps, solver=s.solver, precision="float32")
 
 
 def rounding():
