@@ -12,7 +12,8 @@ from conftest import ROOT, run, tracked
 
 def make(*arguments, folder=ROOT, **variables):
     "Exit status and what was said to the user."
-    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=os.environ | variables)
+    plain = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of `make test`
+    done = subprocess.run(["make", *arguments], cwd=folder, capture_output=True, text=True, env=plain | variables)
     return done.returncode, done.stdout + done.stderr
 
 
