@@ -114,7 +114,7 @@ def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
     before = state()
     run_all(shell, *args, **options)
     shell.reset(new_session=False)
-    said, end = differences(before, state()), time.monotonic() + 3
+    said, end = differences(before, state()), time.monotonic() + 1.5
     while any(s.startswith(("  threads", "  processes")) for s in said) and time.monotonic() < end:
         time.sleep(.1)
         said = differences(before, state())
