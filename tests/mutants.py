@@ -64,6 +64,7 @@ def ask(copy, test):
         passed = False
         try:
             os.setsid()
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
             os.chdir(copy)
