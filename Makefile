@@ -15,7 +15,8 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 # The interpreter of this environment runs the notebooks, and the settings below the runs, whatever a user has for other projects.
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH SNAKEMAKE_PROFILE
-MOVED := $(shell test ! -e $(BIN)/ready || grep -qF "$(CURDIR)/$(BIN)/" $(BIN)/pip || echo moved)
+# An environment names its place. One that is a link belongs to another checkout, and is left as it is.
+MOVED := $(shell test ! -e $(BIN)/ready -o -L .venv || grep -qF "$(CURDIR)/$(BIN)/" $(BIN)/pip || echo moved)
 
 ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
 $(error CORES=$(CORES): give the number of runs at once, 1 or more)

@@ -60,6 +60,10 @@ def test_a_moved_checkout_makes_its_environment_again(copy):
     moved = copy.rename(copy.parent / "moved")
     status, said = make("--dry-run", "test", folder=moved)
     assert not status and "This checkout was moved" in said and "-m venv --clear .venv" in said, said
+    (moved / ".venv").rename(moved.parent / "environment")
+    (moved / ".venv").symlink_to(moved.parent / "environment")
+    status, said = make("--dry-run", "test", folder=moved)
+    assert not status and "-m venv" not in said, said
 
 
 def test_line_endings_of_a_users_git(copy):
