@@ -23,9 +23,8 @@ class ProjectError(Exception):
     "An error that the user can mend: the message says what was wrong and what to do."
 
 # %% ../nbs/00_paths.ipynb #cell006
-def _checkout(): # the folder of the checkout, or None for an installed wheel
-    folder = Path(vae_diffusion.__file__).resolve().parent.parent
-    return folder if (folder/"settings.ini").exists() else None
+_above = Path(vae_diffusion.__file__).resolve().parent.parent
+_checkout = _above if (_above/"settings.ini").exists() else None # of an installed wheel there is none
 
 def named(
     variable: str, # of the environment
@@ -39,11 +38,11 @@ def named(
 def cache() -> Path: # the folder for downloads
     "The cache folder, outside git: `VAE_DIFFUSION_CACHE`, or the platform's own place."
     own = Path(pooch.os_cache("vae_diffusion"))
-    return named("VAE_DIFFUSION_CACHE", _checkout() or own) or own
+    return named("VAE_DIFFUSION_CACHE", _checkout or own) or own
 
 def root() -> Path: # the project's root folder
     "The folder that everything else is found from: the checkout, or the cache folder of an installed wheel."
-    return _checkout() or cache()
+    return _checkout or cache()
 
 # %% ../nbs/00_paths.ipynb #cell008
 def weights() -> Path: # one folder per data set, and per study that publishes a model of its own
