@@ -259,8 +259,8 @@ def test_a_file_that_may_not_be_read(name, open_folder, record):
 
 def test_a_folder_that_may_not_be_written(open_folder, record):
     (open_folder / "results").mkdir(mode=0o555)
-    bank = Formats(open_folder)
-    for write in [lambda f: results.store(results.published("digits").head(3), f / "digits-cpu.csv"), lambda f: paths.hold(f / "run"),
+    bank, table = Formats(open_folder), results.published("digits").head(3)
+    for write in [lambda f: results.store(table, f / "digits-cpu.csv"), lambda f: paths.hold(f / "run"),
                   lambda f: SampleBank(f / "bank").fill(bank, 20, progress=False), lambda f: paths.save_tensors(f / "a.safetensors", {"a": torch.ones(2)})]:
         with plain_user(), pytest.raises(ProjectError, match=f"{open_folder}/results/.* cannot be written .Permission denied"): write(open_folder / "results")
     assert not any((open_folder / "results").iterdir())

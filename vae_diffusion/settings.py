@@ -133,11 +133,11 @@ def _checked(name, value, kind):
 def _together(s):
     "Raises `ProjectError` for values that are each good but do not go together."
     halvings, side = len(s.dm_widths) - 1, IMAGE_SIDE[s.dataset]
-    models = ["published", "trained", *sorted(f.name for f in paths.weights().glob(f"{s.dataset}-*"))]
     for wrong, message in [
         (any(w % 8 for w in s.dm_widths), f"dm_widths is {list(s.dm_widths)}: each must be a multiple of 8, the groups of the normalisation"),
         (side % 2**halvings, f"dm_widths has {len(s.dm_widths)} entries, but images of {s.dataset}, {side} pixels wide, cannot be halved {halvings} times: give fewer"),
-        (s.weights not in models, f"weights is {s.weights!r}; choose one of {', '.join(models)}"),
+        (s.weights not in ("published", "trained") and not s.weights.startswith(f"{s.dataset}-"),
+         f"weights is {s.weights!r}; choose published, trained, or a folder of data/weights whose name begins with {s.dataset}-"),
         (s.dm_sigma_min >= s.dm_sigma_max, "dm_sigma_min must be below dm_sigma_max"),
         (s.net == "residual" and s.side % 4, f"side is {s.side}, but the residual network quarters it: choose a multiple of 4"),
         (s.likelihood == "bernoulli" and s.dataset != "binary_mnist", f"likelihood is bernoulli, for images of two levels, but dataset is {s.dataset}: choose another"),
