@@ -11,6 +11,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+if "OFFLINE" in os.environ:  # what each worker asks of other machines is noted in a file of its own
+    os.environ["OFFLINE"] += f"-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
+    Path(os.environ["OFFLINE"]).touch()
 counts = dict(passed=0, failed=0, skipped=0)
 LONG = {  # seconds of the longest tests on one core
     "test_no_page_changes_the_process": 130,

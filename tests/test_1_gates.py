@@ -149,7 +149,7 @@ def test_wheel_works_without_the_checkout(tmp_path):
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, source / f)
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
-    run("python", "-m", "pip", "install", "--quiet", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
+    run("python", "-m", "pip", "install", "--quiet", "--no-index", "--disable-pip-version-check", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
     code = (f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path/'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
             f"from vae_diffusion import {', '.join(ORDER)}; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
             "assert paths.root() == paths.cache(); print(len(data.load('digits').train))")
