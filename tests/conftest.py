@@ -17,11 +17,10 @@ if "OFFLINE" in os.environ:  # what each worker asks of other machines is noted 
 counts = dict(passed=0, failed=0, skipped=0)
 LONG = {  # seconds of the longest tests on one core
     "test_no_page_changes_the_process": 130,
-    "test_one_number_is_printed_and_a_second_call_returns_it": 109,
     "test_stages_that_are_repeated_killed_and_started_at_once": 110,
     "test_nbdev_test_as_it_is_typed": 110,
     "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
-    "test_published_run": 40,
+    "test_published_run": 109,
     "test_every_other_number_is_printed": 36,
     "test_the_workflow_says_what_is_wrong": 33,
     "test_compiled_diffusion_training_gives_the_plain_numbers": 25,

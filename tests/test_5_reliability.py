@@ -420,7 +420,7 @@ def test_every_experiment_can_be_run_again_in_the_same_kernel(tmp_path):
 
 def test_a_long_session_leaves_nothing_behind(tmp_path, tries, record):
     "One seed after the other in kernels that are not restarted: neither memory nor open files grow."
-    found = json.loads(run(sys.executable, "tests/soak.py", tmp_path, seconds := tries(15, 1800)))
+    found = json.loads(run(sys.executable, "tests/soak.py", tmp_path, seconds := tries(8, 1800)))
     grown = found["late"]["mb"] - found["early"]["mb"]
     assert found["late"]["files"] <= found["early"]["files"] and grown < 100, found
     record(f"{seconds // 60} minutes of runs in one kernel", found["runs"], f"memory grew by {grown:.0f} MB, 100 allowed; no more open files")
@@ -428,7 +428,7 @@ def test_a_long_session_leaves_nothing_behind(tmp_path, tries, record):
 
 def test_a_long_workflow_leaves_nothing_behind(tmp_path, tries, record):
     "A thousand runs under one `make reproduce`: neither the memory nor the open files of the process that starts them grow. SIGTERM ends it."
-    seconds, seen = tries(15, 1800), []
+    seconds, seen = tries(10, 1800), []
     count = lambda: len(list(tmp_path.glob("digits-smoke/*/metrics.csv")))
     make = subprocess.Popen(["make", "reproduce", "SCALE=smoke", f"PART=methods=normal seeds={','.join(map(str, range(seconds * 2)))}"], cwd=ROOT, start_new_session=True,
                             env=os.environ | {"VAE_DIFFUSION_RUNS": str(tmp_path)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
