@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'REAL', 'USED', 'Block', 'classifier', 'run', 'learn', 'two_sample', 'frechet', 'features', 'distances',
-           'measure', 'figure', 'compare', 'recipes']
+           'measure', 'figure', 'compare', 'recipes', 'curve_of', 'sooner', 'optimizers']
 
 # %% ../nbs/18_quality.ipynb #cell002
 import matplotlib as mpl
@@ -217,3 +217,55 @@ def recipes(
         ax.set(xlabel="bound on log p of training images / nats (higher is better)", ylabel="samples: distance to the\nnearest training image", title=title)
         ax.margins(.12)
     return fig
+
+# %% ../nbs/18_quality.ipynb #3f0c51ab
+def curve_of(
+    table, # tidy results of `train_diffusion` and `measure_diffusion`
+    metric: str, # a metric with an epoch
+): # -> rows by epoch, with the processor time of that epoch in `seconds`
+    "Select a metric along the training of a diffusion model."
+    clock = table[table.metric == "bound_train"].sort_values("epoch")
+    found = table[(table.metric == metric) & table.epoch.notna()].sort_values("epoch")
+    return found.assign(seconds=np.interp(found.epoch, clock.epoch, clock.seconds))
+
+def sooner(
+    table, # as in `curve_of`, with a `variant` for each optimizer
+    rival: str, # the variant to beat
+): # -> DataFrame, one row a variant
+    "Compare optimizers by the bound on log p of training images: seconds to the end, and to the rival's last bound."
+    curves = {name: curve_of(t, "bound_train") for name, t in table.groupby("variant", sort=False)}
+    end, rows = curves[rival].iloc[-1], {}
+    for name, t in curves.items():
+        there = t[t.value >= end.value].seconds
+        rows[name] = {"seconds": t.seconds.iloc[-1], "bound": t.value.iloc[-1], "at the rival's bound after": there.min(),
+                      "share of its time": there.min()/end.seconds}
+    return pd.DataFrame(rows).T
+
+
+# %% ../nbs/18_quality.ipynb #3f0c51ad
+def optimizers(
+    tables: dict, # data set -> results as in `sooner`; at most three variants
+):
+    """Draw the bound on log p of training images (higher is better) and the two-sample test of samples (lower is better) against processor time.
+
+    A column a data set. The grey line is the two-sample test of real images; bars are two standard errors.
+    """
+    with mpl.rc_context(STYLE):
+        fig, axes = subplots(2, len(tables), figsize=(2.1*len(tables), 3.6), sharex="col", squeeze=False)
+        for (bound, told), (dataset, table) in zip(axes.T, tables.items()):
+            curves = dict(list(table.groupby("variant", sort=False)))
+            for (variant, t), color in zip(curves.items(), (REAL, COLORS["dmaapx"], "#E69F00")):
+                b, d = curve_of(t, "bound_train"), curve_of(t, "two_sample_sample")
+                bound.plot(b.seconds, b.value, color=color, label=variant)
+                told.errorbar(d.seconds, 100*d.value, 200*d.stderr, color=color, marker="o", ms=3, elinewidth=.8)
+            end = b.seconds.max()
+            late = pd.concat([curve_of(t, "bound_train") for t in curves.values()]).query("seconds > @end/12")
+            bound.set(title=dataset, ylim=(late.value.min(), None))
+            told.axhline(100*table[table.metric == "two_sample_test"].value.iloc[0], color="#BBBBBB", lw=.8, zorder=0)
+            told.set(xlabel="processor time / s", ylim=(45, None), xscale="log", xlim=(end/12, 1.15*end))
+            told.xaxis.set(major_locator=mpl.ticker.FixedLocator([end/8, end/4, end/2, end]), major_formatter="{x:.0f}", minor_locator=mpl.ticker.NullLocator())
+        axes[0, 0].set_ylabel("bound on log p / nats")
+        axes[1, 0].set_ylabel("told from images / %")
+        fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    return fig
+
