@@ -209,23 +209,25 @@ class Graphed:
     plain_calls = 3 # in which libraries choose their kernels
 
     def __init__(self,
-        function, # of one tensor, always of the same shape; returns nothing and never waits for the GPU
+        function, # of one tensor, always of the same shape, which it may change; returns nothing and never waits for the GPU
         generator, # of its random numbers; the caller seeds it before each call
     ):
         self.function, self.generator, self.calls, self.stream = function, generator, 0, torch.cuda.Stream()
 
-    def __call__(self, x):
+    def __call__(self, x): # -> what the function worked on: x, or the graph's copy of it
         self.calls += 1
         if self.calls <= self.plain_calls:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream): self.function(x)
-            return torch.cuda.current_stream().wait_stream(self.stream)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return x
         if self.calls == self.plain_calls + 1:
             self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
             self.graph.register_generator_state(self.generator)
             with torch.cuda.graph(self.graph, stream=self.stream): self.function(self.x)
         self.x.copy_(x)
         self.graph.replay()
+        return self.x
 
 # %% ../nbs/04_diffusion.ipynb #cell037
 class State:
