@@ -190,8 +190,10 @@ def test_memory_does_not_grow_with_k():
 
 @pytest.mark.parametrize("case, arguments", [
     (bench.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (bench.sample_ours, {"steps": 2, "n": 2}), (bench.sample_ddim, {"steps": 2, "n": 2}),
-    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
-def test_cases_that_need_no_data(case, arguments):
+    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.train_diffusion, {"widths": (8,), "batch": 2, "seconds": .01}), (bench.train_diffusers, {"widths": (8,), "batch": 2, "seconds": .01}),
+    (bench.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
+def test_cases_that_need_no_data(case, arguments, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, **how: net) # which would take longer than the rest
     assert bench.once(case, 1, arguments)["value"] > 0
 
 
@@ -227,3 +229,14 @@ def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
         bench.figures.save(fig, tmp_path, name)
         assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{bench.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
     assert not kept.parent.exists()
+    file = tmp_path/"published"/f"bench-{bench.machine()}.csv"
+    before, lines = table, file.read_text().splitlines()
+    monkeypatch.setattr(bench, "SPEED", bench.SPEED | {("MS-SSIM", "torchmetrics", None): (bench.product, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (bench.only_gpu, {"case": None})})
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    bench.main(repetitions=2)
+    added = [line for line in file.read_text().splitlines() if line not in lines]
+    assert [line.split(",")[:3] for line in added] == [["MS-SSIM", "torchmetrics", i] for i in "01"], "only what is missing is measured, a GPU's rows never on a CPU"
+    assert [line for line in file.read_text().splitlines() if line not in added] == lines
+    file.write_text(file.read_text().replace(before.hardware[0], "another"))
+    paths.enlist_all(file.parent)
+    with pytest.raises(paths.ProjectError, match="measured on another.*Delete it"): bench.main(repetitions=2)
