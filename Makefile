@@ -51,7 +51,7 @@ figures: $(BIN)/ready  ## the same, and results and figures become the published
 study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
 	@$(SNAKEMAKE) study=$(STUDY) -- study
 
-bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: data/results/bench-MACHINE.csv, about 30 minutes
+bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: what data/results/bench-MACHINE.csv lacks; all takes about 30 minutes
 	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion import bench; bench.main()"
 
 build/bench/ready: $(BIN)/ready

@@ -3,13 +3,17 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 from conftest import run
-from vae_diffusion import bench, data, diffusion, metrics, models, paths, training
+from torch._dynamo.utils import counters
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from vae_diffusion import banks, bench, data, diffusion, metrics, models, paths, sampling, training
 from vae_diffusion.likelihoods import family
 
 
@@ -80,6 +84,78 @@ def test_diffusion_training_goes_on_where_compiling_fails(monkeypatch, capsys):
     for a, b in zip(found[:2], plain): torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+SOLVERS = "heun", "multistep", "stochastic"
+
+
+class ToyUNet(Toy):
+    "What a pipeline asks of a U-Net."
+    config, dtype, device = SimpleNamespace(in_channels=1, sample_size=8), torch.float32, torch.device("cpu")
+
+
+def samplers(net, batch, device="cpu"):
+    "A plain pipeline and a compiled one with the same weights; both draw images with the numbers of `rows`."
+    def sampler(kind):
+        pipe = kind(net, sampling.EDMDPMSolverMultistepScheduler(sigma_data=0.75, sigma_max=40., sigma_min=0.03), 17).to(device)
+        pipe.set_progress_bar_config(disable=True)
+        if kind is sampling.Compiled: pipe.batch = batch
+        return pipe, lambda rows, solver, precision="float32": pipe(len(rows), banks.generators(rows), 5, "latent", solver=solver, precision=precision).images
+    torch.manual_seed(0)
+    return sampler(sampling.EDMPipeline), sampler(sampling.Compiled)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_sampling_gives_the_plain_numbers():
+    (_, plain), (pipe, fast) = samplers(ToyUNet(), 4)
+    for solver in SOLVERS:
+        assert_close(fast(range(4), solver), plain(range(4), solver), atol=1e-4, rtol=0)
+        compilations = counters["stats"]["unique_graphs"]
+        assert_close(fast(range(2, 8), solver), plain(range(2, 8), solver), atol=1e-4, rtol=0)
+        assert pipe.run is not pipe.plain and counters["stats"]["unique_graphs"] == compilations > 0, "once for whole and other batches"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("precision, apart", [("float32", 0.01), ("bfloat16", 0.1)])
+def test_sampling_as_a_cuda_graph_gives_the_plain_numbers(precision, apart):
+    (_, plain), (pipe, fast) = samplers(diffusion.unet(8, 1, (8, 16)).eval(), 8, "cuda")
+    for solver in SOLVERS:
+        assert_close(fast(range(37), solver, precision), plain(range(37), solver, precision), atol=apart, rtol=0)
+        assert pipe.run.graph is not None
+
+
+def test_sampling_goes_on_where_compiling_fails(monkeypatch, capsys):
+    (_, plain), (_, fast) = samplers(diffusion.unet(8, 1, (8, 16)).eval(), 4)
+    monkeypatch.setattr(torch, "compile", lambda net, **how: lambda *args: 1/0)
+    for solver in SOLVERS:
+        for precision in "float32", "bfloat16":
+            assert_close(fast(range(4), solver, precision), plain(range(4), solver, precision), atol=0, rtol=0)
+            assert fast(range(6), solver, precision).shape == (6, 1, 8, 8)
+            assert capsys.readouterr().out.count("Compiling failed, sampling goes on without: ZeroDivisionError") == 1
+
+
+class Device(TorchDispatchMode):
+    "Raises where something goes between the host and the device, which is \"meta\" here."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out, kwargs = function(*args, **(kwargs or {})), kwargs or {}
+        if "_to_copy" in str(function) or "aten.copy_" in str(function):
+            assert args[0].device == out.device == args[-1 if "copy_" in str(function) else 0].device, f"{function} between host and device"
+        return out
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sampling_asks_nothing_of_the_host_between_steps(solver, monkeypatch):
+    pipe, scheduler = samplers(ToyUNet(), 2)[1][0], sampling.EDMDPMSolverMultistepScheduler()
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext()) # which knows no such device
+    monkeypatch.setattr(torch, "Generator", lambda device: None)
+    monkeypatch.setattr(torch, "compile", lambda net, **how: net)
+    pipe.unet, plain = Toy().to("meta"), sampling.EDMDPMSolverMultistepScheduler.set_timesteps
+    def on_device(self, steps, device):
+        plain(self, steps)
+        self.timesteps = self.timesteps.to(device)
+    monkeypatch.setattr(sampling.EDMDPMSolverMultistepScheduler, "set_timesteps", on_device)
+    pipe.make(sampling.stochastic(scheduler) if solver == "stochastic" else scheduler, solver, 4, torch.device("meta"), None)
+    with torch.no_grad(), Device(): pipe.run(torch.zeros(2, 5, 1, 8, 8, dtype=torch.float64, device="meta"))
+
+
 def test_search_and_attack_bear_fast_products():
     digits = data.load("digits")
     torch.manual_seed(0)
@@ -103,8 +179,10 @@ def test_memory_does_not_grow_with_k():
 
 @pytest.mark.parametrize("case, arguments", [
     (bench.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (bench.sample_ours, {"steps": 2, "n": 2}), (bench.sample_ddim, {"steps": 2, "n": 2}),
-    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
-def test_cases_that_need_no_data(case, arguments):
+    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.train_diffusion, {"widths": (8,), "batch": 2, "seconds": .01}), (bench.train_diffusers, {"widths": (8,), "batch": 2, "seconds": .01}),
+    (bench.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
+def test_cases_that_need_no_data(case, arguments, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda net, **how: net) # which would take longer than the rest
     assert bench.once(case, 1, arguments)["value"] > 0
 
 
@@ -140,3 +218,14 @@ def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
         bench.figures.save(fig, tmp_path, name)
         assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{bench.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
     assert not kept.parent.exists()
+    file = tmp_path/"published"/f"bench-{bench.machine()}.csv"
+    before, lines = table, file.read_text().splitlines()
+    monkeypatch.setattr(bench, "SPEED", bench.SPEED | {("MS-SSIM", "torchmetrics", None): (bench.product, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (bench.only_gpu, {"case": None})})
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
+    bench.main(repetitions=2)
+    added = [line for line in file.read_text().splitlines() if line not in lines]
+    assert [line.split(",")[:3] for line in added] == [["MS-SSIM", "torchmetrics", i] for i in "01"], "only what is missing is measured, a GPU's rows never on a CPU"
+    assert [line for line in file.read_text().splitlines() if line not in added] == lines
+    file.write_text(file.read_text().replace(before.hardware[0], "another"))
+    paths.enlist_all(file.parent)
+    with pytest.raises(paths.ProjectError, match="measured on another.*Delete it"): bench.main(repetitions=2)

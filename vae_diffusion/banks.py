@@ -79,14 +79,15 @@ def fill(
     count: int, # images wanted in the bank
     seed: int=0, # of the bank
     noise: str="counter", # with the seed and i, decides what image i is drawn with: see `generators`
-    batch: int=256, # images drawn together, a divisor of `shard`
+    batch: int=256, # images drawn together, or `pipe.batch` if that is more; a divisor of `shard`
     shard: int=4096, # images in a file
     seconds: float=60, # between two writes of an unfinished shard
     progress: bool=True, # show a progress bar
     **sampler, # further arguments of `pipe`, such as num_inference_steps=10, solver="multistep"
 ) -> SampleBank: # itself
     "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin, `ValueError` if `batch` does not divide `shard` or there is no such noise."
-    if shard % batch: raise ValueError(f"batch {batch} does not divide shard {shard}")
+    size = max(batch, getattr(pipe, "batch", 0))
+    if shard % size: raise ValueError(f"batch {size} does not divide shard {shard}")
     generators([], seed, noise) # raises if there is no such noise
     named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as every manifest names it
     identity = pipe.identity() | {"sampler": named, "seed": seed, "batch": batch, "shard": shard} | ({} if noise == "seeded" else {"noise": noise}) # older banks have no such entry
@@ -102,12 +103,12 @@ def fill(
         self._tidy()
         with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
             while len(self) < count:
-                start, first, began = len(self)//shard*shard, len(self)//batch*batch, time.monotonic()
+                start, first, began = len(self)//shard*shard, len(self)//size*size, time.monotonic()
                 stop, new = min(start + shard, count), []
                 try:
-                    for b in range(first, stop, batch):
-                        new += in_parts(draw, batch, torch.arange(b, b + batch))
-                        bar.update(min(b + batch, stop) - max(b, len(self)))
+                    for b in range(first, stop, size):
+                        new += in_parts(draw, size, torch.arange(b, b + size))
+                        bar.update(min(b + size, stop) - max(b, len(self)))
                         if time.monotonic() - began > seconds: break
                 finally: # also when it is stopped
                     old = [self[start:first]] if first > start else []

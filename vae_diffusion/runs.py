@@ -295,7 +295,7 @@ def pipeline_of(
     "The diffusion model. Raises `ProjectError` if there is none, it is damaged, or it draws images of another kind."
     from vae_diffusion import sampling # imported here, for diffusers is slow
     folder = folder or weights_folder(s)
-    pipe = sampling.load_pipeline(folder, device())
+    pipe = sampling.load_pipeline(folder, device(), compiled=device() == "cuda")
     for what, found, asked in ("shape", pipe.shape, dataset.shape), ("levels of a pixel", pipe.config.levels, dataset.levels):
         if found != asked: raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {s.dataset} has {asked}. Restore it from git, or train it again with `make weights`")
     return pipe

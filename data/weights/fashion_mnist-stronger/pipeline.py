@@ -75,7 +75,7 @@ def heun(
     progress=iter, # wraps the steps, such as tqdm
 ): # -> float64 [n,C,H,W]
     "Deterministic second-order sampling: Karras et al. 2022, algorithm 1."
-    def slope(x, s): return (x - denoiser(x, s.expand(len(x)).to(x.device)))/s
+    def slope(x, s): return (x - denoiser(x, x.new_full((), s.item()).expand(len(x))))/s
     x = x.double()
     for s, t in progress(list(zip(sigmas[:-1], sigmas[1:]))):
         first = slope(x, s)
@@ -106,6 +106,20 @@ def multistep(
 def stochastic(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
     "A scheduler with the same levels for the stochastic equation: SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
     return EDMDPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
+
+
+def solve(
+    net, # UNet2DModel
+    scheduler, # EDMDPMSolverMultistepScheduler, its steps set
+    solver: str, # heun, multistep or stochastic, as the scheduler is
+    x, # [n,C,H,W], noise of standard deviation scheduler.sigmas[0]
+    autocast=None, # dtype in which the network computes, or None for its own
+    progress=iter, # wraps the steps, such as tqdm
+    generators=None, # one an image, if the solver is stochastic
+): # -> float64 [n,C,H,W]
+    "From noise to images by one of the solvers."
+    if solver == "heun": return heun(Denoiser(net, scheduler.config.sigma_data, autocast), x, scheduler.sigmas.double(), progress)
+    return multistep(net, scheduler, x, autocast, progress, generators)
 
 
 class EDMPipeline(DiffusionPipeline):
@@ -152,18 +166,19 @@ class EDMPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
-        def net(x, t): return self.unet(x.to(self.unet.dtype), t)
         scheduler = stochastic(self.scheduler) if solver == "stochastic" else self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=device)
-        levels = scheduler.sigmas.double()
-        x = levels[0]*randn_tensor((batch_size, *self.shape), generator, device, torch.float32).double()
-        if solver == "heun": x = heun(Denoiser(net, scheduler.config.sigma_data, autocast), x, levels, self.progress_bar)
-        else: x = multistep(net, scheduler, x, autocast, self.progress_bar, generator)
+        x = scheduler.sigmas[0].double()*randn_tensor((batch_size, *self.shape), generator, device, torch.float32).double()
+        x = self.solve(scheduler, solver, x, autocast, generator)
         self.maybe_free_model_hooks()
         if not x.isfinite().all(): raise ProjectError(
             "The samples are not finite: the weights are damaged or precision is too low. Try precision float32, or make the weights again.")
         images = self.output(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def solve(self, scheduler, solver, x, autocast, generator): # as the function `solve`
+        def net(x, t): return self.unet(x.to(self.unet.dtype), t)
+        return solve(net, scheduler, solver, x, autocast, self.progress_bar, generator)
 
     def output(self,
         x, # float64 [n,C,H,W] about [-1,1]
