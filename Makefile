@@ -22,10 +22,10 @@ ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
 $(error CORES=$(CORES): give the number of runs at once, 1 or more)
 endif
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
-$(call only,weights,cpu)
+$(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture mutants lab figures study bench weights readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test torture mutants lab figures study bench weights publish-weights readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -58,11 +58,13 @@ build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
-weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again, at the published scale
+weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`
 	@mkdir -p runs
 	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
 	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
-	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
+
+publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
+	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)
