@@ -25,7 +25,7 @@ only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture mutants lab figures study bench weights publish-weights readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test torture mutants lab figures study bench oldest weights publish-weights readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -57,6 +57,16 @@ bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth o
 build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
+
+try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/papermill --log-level ERROR --no-progress-bar --stdout-file - -k python3 nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
+oldest:  ## the pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB): make oldest PYTHON=python3.12
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements-oldest.txt
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
+	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print
+	$(call try,measure_gaps) -p method dmaapx
+	$(call try,measure_diffusion) -p weights trained
+	$(call try,report)
 
 weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`
 	@mkdir -p runs
