@@ -63,7 +63,7 @@ oldest:  ## the pages and the experiments with the versions of requirements-olde
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements-oldest.txt
 	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
-	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print
+	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability' # which is about the pinned packages
 	$(call try,measure_gaps) -p method dmaapx
 	$(call try,measure_diffusion) -p weights trained
 	$(call try,report)
