@@ -22,10 +22,10 @@ ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
 $(error CORES=$(CORES): give the number of runs at once, 1 or more)
 endif
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
-$(call only,weights,cpu)
+$(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture mutants lab figures study bench weights readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test torture mutants lab figures study bench oldest weights publish-weights readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
@@ -58,11 +58,23 @@ build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
-weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again, at the published scale
+try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/papermill --log-level ERROR --no-progress-bar --stdout-file - -k python3 nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
+oldest:  ## the pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB): make oldest PYTHON=python3.12
+	$(PYTHON) -m venv --clear build/oldest
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements-oldest.txt
+	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
+	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability' # which is about the pinned packages
+	$(call try,measure_gaps) -p method dmaapx
+	$(call try,measure_diffusion) -p weights trained
+	$(call try,report)
+
+weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`
 	@mkdir -p runs
 	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
 	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
-	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
+
+publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
+	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)

@@ -1,16 +1,19 @@
 "What must be true of the files themselves."
+import ast
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, git, run, tracked
+from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
@@ -141,6 +144,31 @@ def test_overview_figure_is_drawn_from_published_results(tmp_path):
     from vae_diffusion import figures, studies
     figures.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
     assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
+
+
+def declared():
+    "What the library and the experiments say that they need."
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["experiments"]]
+
+
+def test_lower_bounds_are_versions_that_were_tried():
+    "By `make oldest`, which takes too long for here."
+    lines = (ROOT / "requirements-oldest.txt").read_text().splitlines()
+    tried = dict(line.split("==") for line in lines if line[0] != "#")
+    for r in declared(): assert str(r.specifier) == f">={tried[r.name]}", f"{r}: requirements-oldest.txt has {tried[r.name]}"
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_imported():
+    "So the experiments run where nothing else is installed, neither Snakemake nor what tests need."
+    sources = [(ROOT / f).read_text() for f in tracked("vae_diffusion/*.py")]
+    sources += ["".join(c["source"]) for page in EXPERIMENTS for c in cells(page)]
+    imports = [n for s in sources for n in ast.walk(ast.parse(s)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+    modules = [n.module if isinstance(n, ast.ImportFrom) else a.name for n in imports for a in n.names if not getattr(n, "level", 0)]
+    found = {m.split(".")[0] for m in modules} - {*sys.stdlib_module_names, "vae_diffusion"}
+    found -= {"pythae", "pytorch_msssim", "torchmetrics"}  # rivals of `make bench`, which installs them
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}
+    assert {names.get(m, m) for m in found} == {r.name for r in declared()}
 
 
 def test_wheel_works_without_the_checkout(tmp_path):

@@ -35,11 +35,21 @@ def test_a_number_of_runs_at_once_that_makes_no_sense(cores, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["weights", "figures"])
+@pytest.mark.parametrize("target", ["publish-weights", "figures"])
 def test_only_results_of_the_published_scale_are_published(target, tmp_path):
     status, said = make(target, "SCALE=smoke", VAE_DIFFUSION_RUNS=str(tmp_path))
     assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scale, folder", [("cpu", "binary_mnist"), ("paper", "binary_mnist-paper")])
+def test_what_is_trained_is_published_by_a_command_of_its_own(scale, folder):
+    "At scale paper beside the published model, on which the results of scale cpu depend."
+    asked = "--dry-run", "DATASET=binary_mnist", f"SCALE={scale}"
+    (failed, trains), (failed_too, publishes) = make("weights", *asked), make("publish-weights", *asked)
+    assert not failed and not failed_too and f"-f nbs/experiments/params/binary_mnist-{scale}.yaml" in trains
+    assert "publish" not in trains and publishes.startswith(trains)
+    assert f"publish_weights(settings.params('binary_mnist', '{scale}'), '{folder}')" in publishes
 
 
 def test_a_users_snakemake_profiles_have_no_say(tmp_path):

@@ -1,11 +1,15 @@
 "How parameters reach an experiment: what counts, and how it may be spelt."
 import os
+import re
 import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, run
+from vae_diffusion import models, paths, results, runs, studies
 from vae_diffusion.runs import Run
-from vae_diffusion.settings import Settings
+from vae_diffusion.settings import Settings, params
 
 PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
 
@@ -29,3 +33,49 @@ def test_only_what_is_declared_and_told_counts_however_it_is_spelt(started, tmp_
 def test_a_misspelt_parameter_is_refused_beside_a_variable_of_that_name(started, tmp_path):
     done = subprocess.run([*PAPERMILL, "-p", "methd", "dmaapx", "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"], cwd=ROOT, env=started, capture_output=True, text=True)
     assert done.returncode and "methd is no parameter; did you mean method?" in done.stderr
+
+
+EVERYWHERE = dict(  # what the paper says of every data set; its diffusion model is that of EDM (Karras et al. 2022)
+    n_train=0, n_test=0, side=32, epochs=1000, methods=("normal", "aug_naive", "aug_tuned", "dmaapx"), seeds=(0, 1, 2),
+    attack_restarts=10, attack_lr=1., dm_images=200_000_000, dm_lr=.001, dm_muon_lr=0., dm_decay=0, dm_ema=500_000,
+    dm_dropout=.13, dm_p_std=1.2, dm_sigma_data=.5, dm_sigma_max=80., dm_sigma_min=.002, dm_schedule="karras")
+MNISTS = dict(net="fully_connected", hidden=(512, 512), latent=16, ks=(10,),
+              attack_images=50, attack_steps=50, attack_delta=.1)
+PAPER = {
+    "binary_mnist": MNISTS | dict(likelihood="bernoulli"),
+    "fashion_mnist": MNISTS | dict(likelihood="gaussian", dm_p_mean=-1.2),
+    "cifar10": dict(net="residual", nc=256, mz=1, likelihood="mol", components=10, ks=(1, 10), dm_p_mean=-1.2,
+                    attack_images=20, attack_steps=100, attack_delta=.05)}
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+def test_scale_paper_is_the_papers_comparison(dataset):
+    s = params(dataset, "paper")
+    fixed = EVERYWHERE | PAPER[dataset]
+    assert {name: getattr(s, name) for name in fixed} == fixed
+    images = SimpleNamespace(shape=(3 if dataset == "cifar10" else 1, 32, 32), levels=256)
+    if dataset == "cifar10": assert models.n_parameters(runs.vae_of(s, images)) == 5_812_582
+
+
+@pytest.mark.parametrize("dataset", ["digits", *PAPER])
+def test_scale_paper_trains_no_diffusion_model(dataset):
+    s = params(dataset, "paper")
+    grid = results.grid(s)
+    assert "train_diffusion" not in {r.stage for r in grid} and {r.settings.weights for r in grid} == {"published"}
+    assert len([r for r in grid if r.stage == "measure_gaps"]) == 12
+    paths.check_all(runs.weights_folder(s))  # the published one is there
+    asked = replace(s, weights="trained", solver="heun", steps=18)  # `make weights` trains what these take
+    assert Run("train_diffusion", asked).digest == Run("train_diffusion", s).digest
+
+
+@pytest.mark.parametrize("dataset", PAPER)
+def test_scale_paper_states_how_good_its_diffusion_model_is(dataset):
+    "As the model's card and the stored study have it."
+    s, text = params(dataset, "paper"), (ROOT / f"nbs/experiments/params/{dataset}-paper.yaml").read_text()
+    seen = re.search(r"\| images seen \| ([\d,]+) \|", (runs.weights_folder(s) / "README.md").read_text())[1]
+    assert f"The published one saw {seen} images" in text
+    table = studies.published(f"{dataset}-diffusion")
+    judged = {label: run.settings for label, run in studies.study(f"{dataset}-diffusion").runs()}
+    same = [label for label, v in judged.items() if (v.solver, v.steps) == (s.solver, s.steps)]
+    right = table[table.variant.isin(same) & (table.metric == "two_sample_sample")]
+    assert f"A classifier is right on {100*right[right.epoch == right.epoch.max()].value.item():.0f} % of" in text

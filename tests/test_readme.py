@@ -35,6 +35,14 @@ def table(text):
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
+def test_the_lines_for_a_hosted_notebook():
+    "They name what is there; the page itself runs the last one, at scale smoke."
+    page = nbformat.read(ROOT / "nbs/gpu.ipynb", 4).cells[0].source
+    lines = re.search(r"```\n(.*?)```", page, re.S)[1].splitlines()
+    assert len(lines) <= 10 and "pip install --quiet -e '.[experiments]'" in lines[2]
+    for file in re.findall(r"nbs/\S+", "\n".join(lines)): assert (ROOT / file).exists(), file
+
+
 PROMISED = {"train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"}, "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"}, "sample_bank": {"nearest_train_sample", "nearest_train_test"},
             "train_diffusion": {"bound_train", "bound_test"}, "measure_diffusion": {"two_sample_sample", "two_sample_test"}}
 

@@ -40,7 +40,7 @@ def published_weights(s: Settings) -> str: # digest
     "The digest of the published diffusion model: weights, network and noise levels. Raises `ProjectError` if there is none."
     folder = paths.weights()/(s.dataset if s.weights == "published" else s.weights)
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
-    if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make weights`")
+    if not files: raise ProjectError(f"there is no published diffusion model of {s.dataset} in {folder}: set weights to 'trained', or make it with `make publish-weights`")
     try: return digest(b"".join(f.read_bytes() for f in files))
     except OSError as e: raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): make it readable, or restore it from git") from e
 
@@ -297,7 +297,7 @@ def pipeline_of(
     folder = folder or weights_folder(s)
     pipe = sampling.load_pipeline(folder, device(), compiled=device() == "cuda")
     for what, found, asked in ("shape", pipe.shape, dataset.shape), ("levels of a pixel", pipe.config.levels, dataset.levels):
-        if found != asked: raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {s.dataset} has {asked}. Restore it from git, or train it again with `make weights`")
+        if found != asked: raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {s.dataset} has {asked}. Restore it from git, or train it again with `make publish-weights`")
     return pipe
 
 # %% ../nbs/13_runs.ipynb #cell020
