@@ -7,6 +7,7 @@ SCALE ?= cpu
 README ?= README.md
 PAGE ?= nbs/index.ipynb
 PART ?=
+MINUTES ?=
 BIN := .venv/bin
 SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -20,6 +21,12 @@ MOVED := $(shell test ! -e $(BIN)/ready -o -L .venv || grep -qF "$(CURDIR)/$(BIN
 
 ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
 $(error CORES=$(CORES): give the number of runs at once, 1 or more)
+endif
+ifneq ($(MINUTES),)
+ifeq ($(shell [[ "$(MINUTES)" =~ ^[0-9]*[.]?[0-9]+$$ && "$(MINUTES)" =~ [1-9] ]] && echo a number),)
+$(error MINUTES=$(MINUTES): give the minutes after which to stop, such as 12)
+endif
+export VAE_DIFFUSION_UNTIL := $(shell awk 'BEGIN {printf "%.1f", '$$(date +%s)' + 60*$(MINUTES)}')
 endif
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
 $(call only,weights,cpu)
@@ -61,7 +68,8 @@ build/bench/ready: $(BIN)/ready
 weights: $(BIN)/ready  ## trains the published diffusion model of DATASET again, at the published scale
 	@mkdir -p runs
 	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
-	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
+	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
+	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'))"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it

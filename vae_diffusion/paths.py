@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['ProjectError', 'named', 'cache', 'root', 'weights', 'published', 'figures', 'runs', 'writing', 'share', 'whole',
-           'write_text', 'lock', 'hold', 'release', 'alone', 'stoppable', 'digest', 'file_digest', 'listed', 'enlist',
-           'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of', 'generator', 'float32', 'nth_generator',
-           'save_tensors', 'load_tensors']
+           'write_text', 'lock', 'hold', 'release', 'alone', 'until', 'stop_in', 'Stopped', 'in_time', 'stoppable',
+           'digest', 'file_digest', 'listed', 'enlist', 'checked', 'enlist_all', 'check_all', 'whole_folder', 'seed_of',
+           'generator', 'float32', 'nth_generator', 'save_tensors', 'load_tensors', 'resumed']
 
 # %% ../nbs/00_paths.ipynb #cell002
-import fcntl, hashlib, json, os, signal, tempfile, threading
+import fcntl, hashlib, json, os, signal, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from operator import index
 from pathlib import Path
@@ -147,13 +147,55 @@ def alone(folder): # as in `hold`
     try: yield
     finally: release(folder)
 
+# %% ../nbs/00_paths.ipynb #minutes1
+_outer = os.environ.get("VAE_DIFFUSION_UNTIL", "inf") # as this process was started
+
+def until() -> float: # as `time.time()`
+    "When this process shall have stopped: `VAE_DIFFUSION_UNTIL`, or never. Raises `ProjectError` if it is no number."
+    given = os.environ.get("VAE_DIFFUSION_UNTIL", "inf")
+    try: return float(given)
+    except ValueError as e: raise ProjectError(f"VAE_DIFFUSION_UNTIL is {given!r}: give a time in seconds since 1970, such as $(( $(date +%s) + 720 )) for 12 minutes") from e
+
+def stop_in(
+    minutes: float, # from now on
+):
+    "Makes this process and those that it starts stop after so many minutes, if nobody has told them to stop sooner."
+    os.environ["VAE_DIFFUSION_UNTIL"] = _outer
+    os.environ["VAE_DIFFUSION_UNTIL"] = str(min(until(), time.time() + 60*minutes))
+
+class Stopped(KeyboardInterrupt):
+    "The minutes that were given are over. What was done is stored."
+    def _render_traceback_(self): return [f"Stopped: {self}"] # all that a notebook shows of it
+
+def in_time():
+    "Raises `Stopped` if the time is over."
+    if time.time() >= until(): raise Stopped("the minutes are over; the same command goes on from here")
+
+
 # %% ../nbs/00_paths.ipynb #cell020
+class _Asked(list):
+    "Who asked a loop to stop. It is true if a signal did, or if its next look at this list would come too late."
+    last, longest = 0., 0. # look, time between two
+    def __bool__(self):
+        now = time.time()
+        if self.last: self.longest = max(self.longest, now - self.last)
+        self.last = now
+        if not len(self) and now + self.longest >= until(): self.append("the end of its minutes")
+        return len(self) > 0
+
+def _so_far(before, after, seconds):
+    "What is done, and how long the rest will take."
+    done, total, unit = after
+    minutes = (total - done)/max(done - before[0], 1e-9)*seconds/60
+    return f"{done:,} of {total:,} {unit} are done" + f", the others take about {minutes:.{0 if minutes >= 9.95 else 1}f} minutes"*(done > before[0]) + "; "
+
 @contextmanager
 def stoppable(
-    at_once: bool=False, # raise where the signal finds the program, instead of at the end of the block
-): # yields a list, empty until a signal comes
-    "Ctrl-C and SIGTERM only fill the list; the block's end then raises `KeyboardInterrupt`, as a second signal does at once."
-    asked, before = [], {}
+    progress=None, # () -> (what is done, of how much, its name), to be told when it stops
+    at_once: bool=False, # raise where a signal finds the program, instead of at the end of the block
+): # yields a list, empty until a signal comes or the time of `until` is near
+    "Ctrl-C and SIGTERM only fill the list, as time does; the block's end then raises `KeyboardInterrupt`, or `Stopped` for time. A second signal does so at once."
+    asked, before, start, began = _Asked(), {}, progress and progress(), time.time()
     def ask(number, frame):
         asked.append(signal.Signals(number).name)
         if at_once or len(asked) > 1: raise KeyboardInterrupt(f"stopped by {asked[0]}")
@@ -162,7 +204,9 @@ def stoppable(
     try: yield asked
     finally:
         for n, handler in before.items(): signal.signal(n, handler)
-    if asked: raise KeyboardInterrupt(f"stopped by {asked[0]}: the same command goes on from here")
+    if len(asked): raise (KeyboardInterrupt if asked[0].startswith("SIG") else Stopped)(
+        f"stopped by {asked[0]}: {_so_far(start, progress(), time.time() - began) if progress else ''}the same command goes on from here")
+
 
 # %% ../nbs/00_paths.ipynb #cell023
 def digest(
@@ -299,3 +343,25 @@ def load_tensors(
     blob = checked(path)
     header = json.loads(blob[8:8 + int.from_bytes(blob[:8], "little")])
     return {k: t.to(device) for k, t in load(blob).items()}, json.loads(header["__metadata__"]["note"])
+
+# %% ../nbs/00_paths.ipynb #minutes4
+def resumed(
+    steps: int, # of a loop
+    file, # where its state is kept when it is stopped; None: nowhere
+    *states: dict, # name -> tensor, read when it is stopped; what was kept is copied into the tensors that are there at the start
+):
+    "Yields the numbers of the steps that are still to do. A loop that is told to stop leaves its state in the file, and the next one goes on from it."
+    tensors = lambda: {f"{i}.{name}": t for i, s in enumerate(states) for name, t in s.items() if isinstance(t, torch.Tensor)}
+    first = 0
+    if file and os.path.exists(file):
+        kept, first = load_tensors(file)
+        for name, t in tensors().items(): t.copy_(kept[name])
+    i = first - 1
+    with stoppable(lambda: (i + 1, steps, "steps")) as asked:
+        for i in range(first, steps):
+            if asked:
+                if file: save_tensors(file, {name: t.clone() for name, t in tensors().items()}, i)
+                i -= 1
+                break
+            yield i
+    if file: Path(file).unlink(missing_ok=True)
