@@ -7,6 +7,10 @@ SCALE ?= cpu
 README ?= README.md
 PAGE ?= nbs/index.ipynb
 PART ?=
+MINUTES ?=
+SIZE ?= 16
+TO ?=
+FROM ?=
 BIN := .venv/bin
 SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -21,14 +25,20 @@ MOVED := $(shell test ! -e $(BIN)/ready -o -L .venv || grep -qF "$(CURDIR)/$(BIN
 ifeq ($(shell [[ "$(CORES)" =~ ^[1-9][0-9]*$$ ]] && echo a number),)
 $(error CORES=$(CORES): give the number of runs at once, 1 or more)
 endif
+ifneq ($(MINUTES),)
+ifeq ($(shell [[ "$(MINUTES)" =~ ^[0-9]*[.]?[0-9]+$$ && "$(MINUTES)" =~ [1-9] ]] && echo a number),)
+$(error MINUTES=$(MINUTES): give the minutes after which to stop, such as 12)
+endif
+export VAE_DIFFUSION_UNTIL := $(shell awk 'BEGIN {printf "%.1f", '$$(date +%s)' + 60*$(MINUTES)}')
+endif
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture mutants lab figures study bench oldest weights publish-weights readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test torture mutants lab figures study bench oldest weights publish-weights plan pack unpack readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
-reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html
+reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html; with MINUTES=12 it stops in time, as figures, study and weights do
 	@$(SNAKEMAKE) --forcerun report -- report
 
 test: $(BIN)/ready  ## everything that CI checks
@@ -71,10 +81,20 @@ oldest:  ## the pages and the experiments with the versions of requirements-olde
 weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`
 	@mkdir -p runs
 	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
-	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter"
+	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
+	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
 publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
 	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
+
+plan: $(BIN)/ready  ## the runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes
+	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion import paths, plan; paths.plainly(plan.main, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
+
+pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, in pieces of SIZE=16 MiB at most; TO=folder writes it there
+	@$(BIN)/python -c "import sys; from vae_diffusion import packing, paths; paths.plainly(packing.pack, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
+
+unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
+	@$(BIN)/python -c "import sys; from vae_diffusion import packing, paths; paths.plainly(packing.unpack, *sys.argv[1:])" "$(FROM)"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench quality studies".split()
+ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench quality studies packing plan".split()
 
 
 def cells(page, kind="code"):

@@ -96,20 +96,20 @@ def fill(
     if 0 < count <= len(self): return self
     def draw(rows):
         return to_levels(pipe(len(rows), generators(rows.tolist(), seed, noise), output_type="pt", **sampler).images, identity["levels"]).cpu()
-    with paths.alone(self.folder), paths.stoppable(at_once=True):
+    with paths.alone(self.folder), paths.stoppable(lambda: (len(self), count, "images"), at_once=True) as asked:
         self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
         self._same(identity)
         if not self.manifest["identity"]: self._keep([], 0, 0., identity) # before the first shard, which would be refused without
         self._tidy()
         with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
-            while len(self) < count:
+            while len(self) < count and not asked:
                 start, first, began = len(self)//shard*shard, len(self)//size*size, time.monotonic()
                 stop, new = min(start + shard, count), []
                 try:
                     for b in range(first, stop, size):
                         new += in_parts(draw, size, torch.arange(b, b + size))
                         bar.update(min(b + size, stop) - max(b, len(self)))
-                        if time.monotonic() - began > seconds: break
+                        if time.monotonic() - began > seconds or asked: break
                 finally: # also when it is stopped
                     old = [self[start:first]] if first > start else []
                     if new: self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)

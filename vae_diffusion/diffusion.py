@@ -405,7 +405,7 @@ def train(
     if path.exists(): load_state(state, path, config)
     if state.images >= images_seen + recipe.batch: raise paths.ProjectError(
         f"{path} has seen {state.images} images, more than the {images_seen} asked for. Ask for more, or use another folder.")
-    with paths.stoppable() as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
+    with paths.stoppable(lambda: (state.images, images_seen, "images")) as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
         began, saved = clock(), time.monotonic()
         while state.images < images_seen:
             x = images[rows(state.steps, recipe.batch, len(images), recipe.seed).to(device)]

@@ -9,15 +9,16 @@ __all__ = ['evaluating', 'at_once', 'posteriors', 'likelihoods', 'noise_like', '
            'robustness_gap']
 
 # %% ../nbs/11_metrics.ipynb #cell002
-import math, torch
+import math, shutil, torch
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from torch.distributions import Normal, kl_divergence
 from .data import check_unit, in_parts, to_unit
 from .intervals import Interval, bootstrap, interval, resampled, spread
 from .likeness import ms_ssim
 from .models import products, trusting
-from .paths import generator
+from .paths import generator, load_tensors, resumed, save_tensors, stoppable
 
 # %% ../nbs/11_metrics.ipynb #cell005
 @contextmanager
@@ -99,19 +100,20 @@ def iwae(
     K: int=1000, # importance samples per image
     batch: int=None, # images per forward pass; None: `at_once`
     seed: int=0, # of the evaluation noise, the same stream as `elbo`'s
+    file=None, # where an interrupted measurement is kept
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
     "Importance-weighted bound on log p(x) of each image (Burda et al. 2016, eq. 8). Raises as `Family.check`."
     vae.family.check(images, levels)
     with evaluating(vae), trusting(vae):
         batch = batch or at_once(vae, images)
         q = posteriors(vae, images, levels, batch)
-        total = torch.tensor(-torch.inf)
-        for k in range(K):
+        state = {"total": torch.full(images.shape[:1], -torch.inf, dtype=torch.float64, device=q.loc.device)}
+        for k in resumed(K, file, state):
             e = noise_like(q, "elbo", seed, k)
             z = q.loc + q.scale*e
             ratio = (e.double()**2 - z.double()**2)/2 + q.scale.double().log() # log p(z)/q(z|x)
-            total = torch.logaddexp(total.to(ratio), likelihoods(vae, images, levels, z, batch) + ratio.flatten(1).sum(1))
-        return (total - math.log(K)).cpu()
+            state["total"] = torch.logaddexp(state["total"], likelihoods(vae, images, levels, z, batch) + ratio.flatten(1).sum(1))
+        return (state["total"] - math.log(K)).cpu()
 
 # %% ../nbs/11_metrics.ipynb #cell024
 def generalization_gap(
@@ -206,12 +208,20 @@ def amortization_gap(
     final: int=100, # fresh samples of the final ELBOs; the choice between the starts takes a quarter
     batch: int=None, # images optimised at once; None: `at_once`
     seed: int=0, # of all noise
+    folder=None, # where the batches of an interrupted measurement are kept
 ) -> AmortizationGap:
     "ELBO with the best factorised Gaussian per image against the encoder's (Cremer et al. 2018). Raises `ValueError` for odd `samples`, or as `Family.check`."
     vae.family.check(images, levels)
     if samples < 2 or samples % 2: raise ValueError(f"samples come in antithetic pairs: {samples} is not an even number of 2 or more")
-    with evaluating(vae), trusting(vae):
-        parts = [one_batch(vae, x, levels, steps, samples, lr, final, seed, i) for i, x in enumerate(images.split(batch or at_once(vae, images, 2*samples)))]
+    batches, parts = images.split(batch or at_once(vae, images, 2*samples)), []
+    with evaluating(vae), trusting(vae), stoppable(lambda: (len(parts), len(batches), "batches of images"), at_once=True) as asked:
+        for i, x in enumerate(batches):
+            if asked: break
+            file, names = folder and Path(folder)/f"batch-{i}.safetensors", ("q", "star", "trace", "prior")
+            if file and file.exists(): parts.append([load_tensors(file, next(vae.parameters()).device)[0][name] for name in names])
+            else: parts.append(one_batch(vae, x, levels, steps, samples, lr, final, seed, i))
+            if file: save_tensors(file, dict(zip(names, parts[-1])))
+    if folder: shutil.rmtree(folder)
     q, star, trace, prior = (torch.cat(p, -1).cpu() for p in zip(*parts))
     return AmortizationGap(q, star, trace.mean(-1), prior)
 
@@ -260,13 +270,14 @@ def attack(
     lr: float=1., # step size at the start
     delta: float=.1, # radius of the ball, in the unit of x
     seed: int=0, # of the starts
+    file=None, # where an interrupted search is kept
 ) -> Attack:
     "Unsupervised attack on the encoder (Kuzina et al. 2022). Raises as `data.check_unit`."
     check_unit(x)
     start = .2*torch.randn(len(x), restarts, *x.shape[1:], generator=generator("attack", seed), dtype=torch.float32).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
     with evaluating(vae), trusting(vae):
-        with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta)
+        with products("medium"): x_a = ascend(vae, x, start, steps, lr, delta, file)
         with torch.no_grad(): kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (within(x, start, delta), x_a))
     return Attack(*(t.unflatten(0, (-1, restarts)) for t in (x_a, kl_start, kl)))
 
@@ -276,21 +287,21 @@ def within(x, eps, delta): # as in `attack`
 
 # %% ../nbs/11_metrics.ipynb #cell046
 @torch.enable_grad()
-def ascend(vae, x, eps, steps, lr, delta): # frozen VAE; images [m,...] and starts [m,...]; as in `attack`
+def ascend(vae, x, eps, steps, lr, delta, file=None): # frozen VAE; images [m,...] and starts [m,...]; as in `attack`
     "x_a [m,...], the best iterate or the start. The first gradient is taken where eps starts, even outside the ball."
     with torch.no_grad(): q = vae.encode(x)
     best = within(x, eps, delta)
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
-    plateau = Plateau(lr, kl)
-    for i in range(steps + 1):
-        x_i = (x + eps).clamp_(0, 1).requires_grad_()
+    plateau, now = Plateau(lr, kl), {"eps": eps.clone(), "best": best, "kl": kl}
+    for i in resumed(steps + 1, file, now, vars(plateau)):
+        x_i = (x + now["eps"]).clamp_(0, 1).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
         slope, = torch.autograd.grad(value.sum(), x_i)
         value, x_i = value.detach(), x_i.detach()
-        better = (value > kl) & (i > 0)
-        kl = torch.where(better, value, kl)
+        better = (value > now["kl"]) & (i > 0)
+        now["kl"] = torch.where(better, value, now["kl"])
         torch.where(better.view(-1, 1, 1, 1), x_i, best, out=best)
-        eps = x_i.sub_(x).addcmul_(plateau.rate.to(x).view(-1, 1, 1, 1), slope).clamp_(-delta, delta) # in place: memory decides
+        now["eps"] = x_i.sub_(x).addcmul_(plateau.rate.to(x).view(-1, 1, 1, 1), slope).clamp_(-delta, delta) # in place: memory decides
         plateau.step(-value)
     return best
 

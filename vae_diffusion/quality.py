@@ -7,6 +7,7 @@ __all__ = ['QUANTILES', 'REAL', 'USED', 'Block', 'classifier', 'run', 'learn', '
            'measure', 'figure', 'compare', 'recipes', 'curve_of', 'sooner', 'optimizers']
 
 # %% ../nbs/18_quality.ipynb #cell002
+import warnings
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
@@ -61,6 +62,7 @@ def learn(
     seed: int=0, # of the weights and the order
     device="cpu", # where to train
     progress: bool=False, # show a progress bar
+    file=None, # where an interrupted training is kept
 ) -> nn.Module: # a `classifier`, in eval mode
     "Trains a small classifier. Raises as `data.check_levels`."
     check_levels(images, levels)
@@ -69,15 +71,22 @@ def learn(
         net = classifier(images.shape[1], classes=classes).to(device)
     images, labels = images.to(device), labels.to(device)
     adam = torch.optim.Adam(net.parameters(), lr)
-    rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, epochs*-(-len(images)//batch))
-    for epoch in tqdm(range(epochs), disable=not progress, leave=False):
-        for rows in torch.randperm(len(images), generator=paths.generator(name, seed, epoch)).split(batch):
-            out, y = run(net, images[rows], levels), labels[rows]
-            loss = binary_cross_entropy_with_logits(out, y.float()) if classes == 2 else cross_entropy(out, y)
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            rate.step()
+    a_pass, order = -(-len(images)//batch), None # steps
+    rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, epochs*a_pass)
+    for p in net.parameters(): adam.state[p] = {"step": torch.zeros(())} | {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")} # as its first step would
+    steps = paths.resumed(epochs*a_pass, file, net.state_dict(), *adam.state.values())
+    for step in tqdm(steps, total=epochs*a_pass, disable=not progress, leave=False):
+        epoch, i = divmod(step, a_pass)
+        if not i or order is None: order = torch.randperm(len(images), generator=paths.generator(name, seed, epoch)).split(batch)
+        if rate.last_epoch < step: # it was interrupted
+            rate.last_epoch = step - 1
+            with warnings.catch_warnings(action="ignore"): rate.step() # before a step of its optimizer
+        out, y = run(net, images[order[i]], levels), labels[order[i]]
+        loss = binary_cross_entropy_with_logits(out, y.float()) if classes == 2 else cross_entropy(out, y)
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        rate.step()
     return net.eval()
 
 # %% ../nbs/18_quality.ipynb #cell007

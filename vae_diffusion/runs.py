@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'confi
            'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'as_markdown', 'read', 'device',
            'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder',
            'pipeline_of', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate',
-           'curve_rows', 'changed', 'require']
+           'curve_rows', 'changed', 'execute', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import ctypes, json, os, platform, shutil, time
@@ -115,11 +115,13 @@ def open_run(
     stage: str, # the experiment notebook
     settings: Settings, # all parameters
 ) -> Run:
-    "The run with its folder made, its configuration stored and, until it is done, other processes kept waiting; this process keeps the memory that it frees. Raises `ProjectError` if the folder holds another configuration, or the run is not `possible`."
+    "The run with its folder made, its configuration stored and, until it is done, other processes kept waiting; this process keeps the memory that it frees. Raises `ProjectError` if the folder holds another configuration, or the run is not `possible`, and `paths.Stopped` if it is not done and the time is over."
     keep_memory()
     run = Run(stage, settings)
     possible(run)
-    if not run.done: paths.hold(run.folder)
+    if not run.done:
+        paths.in_time()
+        paths.hold(run.folder)
     file, stored = run.folder/"config.json", None
     if os.path.exists(file):
         try: stored = json.loads(file.read_text())["config"]
@@ -162,11 +164,17 @@ def part(
     name: str, # of the part
     make, # () -> list of `row`
 ) -> tuple: # list of `row`, seconds that they took
-    "A part of a run's results, stored in its folder as soon as it is there, so that a run that is killed does not measure it again."
-    file = run.folder/f"{name}.json"
+    "A part of a run's results, stored in its folder as soon as it is there, so that a run that is killed does not measure it again. Raises `paths.Stopped` if it is not there and the time is over."
+    file, before = run.folder/f"{name}.json", run.folder/f"checkpoint-{name}.json" # seconds before it was stopped
     if not file.exists():
-        start = time.perf_counter()
-        paths.write_text(file, json.dumps({"rows": make(), "seconds": time.perf_counter() - start}), listed=True)
+        paths.in_time()
+        start = time.perf_counter() - (json.loads(paths.checked(before)) if before.exists() else 0)
+        try: rows = make()
+        except KeyboardInterrupt:
+            paths.write_text(before, json.dumps(time.perf_counter() - start), listed=True)
+            raise
+        paths.write_text(file, json.dumps({"rows": rows, "seconds": time.perf_counter() - start}), listed=True)
+        before.unlink(missing_ok=True)
     found = json.loads(paths.checked(file))
     return found["rows"], found["seconds"]
 
@@ -274,8 +282,9 @@ def bank_of(s: Settings) -> SampleBank:
     return SampleBank(paths.runs()/f"{s.dataset}-{s.scale}"/f"bank-{digest(config('bank', s), 8)}")
 
 def full_bank(s: Settings) -> SampleBank:
-    "The bank with all its samples, drawn first if they are not there."
-    require("sample_bank", s)
+    "The bank with all its samples, drawn first if they are not there, as on a machine to which only its results were brought."
+    run = require("sample_bank", s)
+    if len(bank_of(s)) < s.k*len(dataset_of(s, padded=False).train): execute(run)
     return bank_of(s)
 
 def weights_folder(s: Settings) -> Path: # in diffusers' format
@@ -377,15 +386,23 @@ def changed(s: Settings) -> dict: # name -> plain value
     values = {f.name: (getattr(s, f.name), f.default) for f in fields(s)}
     return {k: list(v) if isinstance(v, tuple) else v for k, (v, default) in values.items() if v != default}
 
+def execute(run: Run):
+    "Runs a notebook in its folder, in a process of its own. Raises `paths.Stopped`, or `PapermillExecutionError` for all else that the notebook raises."
+    import papermill
+    paths.in_time()
+    run.folder.mkdir(parents=True, exist_ok=True)
+    notebook = paths.root()/"nbs"/"experiments"/f"{run.stage}.ipynb"
+    try: papermill.execute_notebook(notebook, run.folder/"notebook.ipynb", changed(run.settings), kernel_name="python3", progress_bar=False)
+    except papermill.PapermillExecutionError as e:
+        if e.ename == "Stopped": raise paths.Stopped(e.evalue) from None
+        raise
+
 def require(
     stage: str, # an experiment notebook
     s: Settings, # all parameters
 ) -> Run:
-    "The run, executed first if it is not done. Raises what its notebook raises."
+    "The run, executed first if it is not done. Raises as `execute`."
     run = Run(stage, s)
     possible(run)
-    if not run.done:
-        import papermill
-        run.folder.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(paths.root()/"nbs"/"experiments"/f"{stage}.ipynb", run.folder/"notebook.ipynb", changed(s), kernel_name="python3", progress_bar=False)
+    if not run.done: execute(run)
     return run

@@ -97,7 +97,7 @@ CHOICES = {"dataset": data.names, "scale": ("smoke", "cpu", "paper"), "method": 
 RANGES = {"dm_p_mean": (-10, 10), "dm_p_std": (0.01, 10), "dm_dropout": (0, 0.9), "dm_sigma_data": (0.01, 10), "dm_sigma_max": (1, 1000), "dm_sigma_min": (1e-6, 1), "dm_warmup": (0, 10**9), "dm_decay": (0, 10**9), "dm_lr": (1e-8, 1), "dm_muon_lr": (0, 1), "lr": (1e-8, 1), "sigma": (1e-3, 10),
           "attack_lr": (1e-6, 1e6), "attack_delta": (0, 1), "side": (4, 256), "k": (1, 10_000), "ks": (1, 10_000), "evaluate_at": (1, 100_000), "gaps_at": (1, 100_000),
           "epochs": (1, 100_000), "steps": (2, 10_000), "dm_images": (1, 10**10), "dm_ema": (1, 10**10), "dm_snapshots": (1, 30), "dm_layers": (1, 32)} | {s: (0, 2**31) for s in ("seed", "seeds", "dm_seed", "bank_seed", "n_train", "n_test")} | {
-          s: (1, 2**16) for s in ("dm_widths", "hidden", "latent", "nc", "mz")} | {"components": (1, 1000)}
+          s: (1, 2**16) for s in ("dm_widths", "hidden", "latent", "nc", "mz")} | {"components": (1, 1000), "minutes": (0.01, 1e6)}
 IMAGE_SIDE = {"digits": 8, "binary_mnist": 28, "fashion_mnist": 28, "cifar10": 32} # pixels
 
 SPELLINGS = {bool: "true or false", int: "a whole number such as 3", float: "a number such as 0.001", str: "a text"}
@@ -158,18 +158,21 @@ def _assigned(cells):
 def settings_of(
     names: dict, # a notebook's `globals()`, or nothing but parameters, such as the content of a params file
 ) -> Settings:
-    "The settings among the plain values of `names`. Raises `ProjectError` for a name that is no parameter."
+    "The settings among the plain values of `names`. A notebook's `minutes` are no setting: it has so long from now on. Raises `ProjectError` for a name that is no parameter."
     notebook, own = "__builtins__" in names, names
     if notebook:
         told = _assigned(names.get("In", ())) or names # where there is no history, all
         own = {k: v for k, v in names.items() if k in told and k[0] != "_" and k not in IGNORED}
     plain = {k: v for k, v in own.items() if not notebook or isinstance(v, (bool, int, float, str, list, tuple, type(None)))}
+    minutes = _checked("minutes", plain.pop("minutes", RANGES["minutes"][1]), "float")
     known, again = [f.name for f in fields(Settings)], names.get("_read_before")
     for k in [k for k in plain if k not in known]:
         near = difflib.get_close_matches(str(k), known, 1, .8 if again else .6)
-        if near or not again: raise ProjectError(f"{k} is no parameter" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"))
+        if near or not again: raise ProjectError(f"{k} is no parameter" + (f"; did you mean {near[0]}?" if near else f"; there are {', '.join([*known, 'minutes'])}"))
         del plain[k]
-    if notebook: names["_read_before"] = True # a notebook's: its later cells leave variables
+    if notebook:
+        names["_read_before"] = True # its later cells leave variables
+        if "minutes" in own: paths.stop_in(minutes)
     for k in known:
         if k in own and k not in plain: raise ProjectError(f"{k} is {own[k]!r}, of type {type(own[k]).__name__}: give a number, a text, true or false, or a list")
     return Settings(**plain)

@@ -286,7 +286,7 @@ def fit(
     step = stepper(vae, opt, levels, compile)
     saved, held = time.monotonic(), None
     vae.train()
-    with trusting(vae), stoppable() as asked, tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
+    with trusting(vae), stoppable(lambda: (state.step*batch, done(epochs)*batch, "images")) as asked, tqdm(total=done(epochs)*batch, initial=state.step*batch, unit="image", unit_scale=True, disable=not progress, leave=False) as bar:
         for epoch in sorted({e for e in at if 0 < e < epochs} | {epochs}):
             while state.step < done(epoch) and not asked:
                 start, losses = time.perf_counter(), []

@@ -37,6 +37,7 @@ class InProcess(Engine):
 
 
 papermill_engines.register("in_process", InProcess)
+STOPPED = 75  # the exit status of what its minutes have ended: try again
 
 
 def end(log):
@@ -56,13 +57,20 @@ def notebook(run, log):
 
 
 def execute(run, log):
-    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails."
+    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails, `paths.Stopped` if its time is over."
+    paths.in_time()
     process = os.fork()
     if not process:
-        failed = 1
+        status = 1
         try:
             notebook(run, log)
-            failed = 0
-        except BaseException: traceback.print_exc()
-        finally: os._exit(failed)
-    if os.waitpid(process, 0)[1]: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
+            status = 0
+        except BaseException as e:
+            if getattr(e, "ename", "") != "Stopped": traceback.print_exc()
+            else:
+                print(e.evalue)
+                status = STOPPED
+        finally: os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if status == STOPPED: raise paths.Stopped(end(Path(log)))
+    if status: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
