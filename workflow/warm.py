@@ -44,25 +44,54 @@ def end(log):
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "it said nothing")
 
 
-def notebook(run, log):
-    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
-    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # where no checkpoint is made, they end it at once
+def begin(log):
+    "Makes this process one that does a run's work: its output goes to `log`, and a signal ends it at once where no checkpoint is made."
+    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     logging.disable(logging.WARNING)  # papermill's, for parameters that belong to other notebooks
     torch.set_num_threads(1)
+
+
+def notebook(run, log):
+    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
+    begin(log)
     run.folder.mkdir(parents=True, exist_ok=True)
     source = paths.root() / "nbs" / "experiments" / f"{run.stage}.ipynb"
     papermill.execute_notebook(source, run.folder / "notebook.ipynb", runs.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
 
 
-def execute(run, log):
-    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails."
+def apart(work):
+    "Does some work in a process of its own. Returns 0 if it ended well, 1 if it failed, another number if it was stopped."
     process = os.fork()
     if not process:
-        failed = 1
+        code = 1
         try:
-            notebook(run, log)
-            failed = 0
+            work()
+            code = 0
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            code = 2
         except BaseException: traceback.print_exc()
-        finally: os._exit(failed)
-    if os.waitpid(process, 0)[1]: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
+        finally: os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def gpu():
+    "Whether there is a GPU, asked in a process of its own: one that has asked cannot be forked any more."
+    return not apart(lambda: os._exit(runs.device() != "cuda"))
+
+
+def train(stack, log):
+    "Trains a stack of runs in a process of its own. Returns whether it did not fail; if it did, each run can still go on alone. Raises `ProjectError` if it was stopped."
+    def work():
+        begin(log)
+        runs.train_stack(*stack)
+    if all(run.done for run in stack): return True
+    if (code := apart(work)) not in (0, 1): raise paths.ProjectError(f"a stack of {len(stack)} runs was stopped: {end(Path(log))} ... see {log}")
+    if code: print(f"A stack of {len(stack)} runs failed, and each goes on alone: {end(Path(log))} ... see {log}", file=sys.stderr)
+    return not code
+
+
+def execute(run, log):
+    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails."
+    if apart(lambda: notebook(run, log)): raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
