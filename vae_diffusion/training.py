@@ -356,7 +356,7 @@ def fit_stack(
     lr: float=1e-3, # Adam's step size, at the start if it falls
     at=(), # epochs at which to evaluate; the last one always is
     keep=(), # those of these epochs after which the weights are kept, as `epoch<number>.safetensors`
-    every: float=15., # seconds between checkpoints; each evaluation makes one too
+    every: float=15., # seconds between checkpoints, for each member; each evaluation makes one too
     compile: bool=False, # one compiled function a step: 10 to 40 seconds at the start, then faster
     decay: bool=False, # the step size falls linearly to 0 at the last step
     progress: bool=True, # show a progress bar
@@ -373,9 +373,8 @@ def fit_stack(
                 start, losses = time.perf_counter(), []
                 if group != (behind := [m for m in members if m.state.step == low]):
                     group, step, blocks = behind, stepper(behind, levels, compile), Blocks(behind, batch, levels, behind[0].opt.params[0].device)
-                end = min([done(epoch), *(s.step for s in states if s.step > low)])
                 i, first = divmod(low, STEPS)
-                pairs = blocks.get(i)[first:first + end - low]
+                pairs = blocks.get(i)[first:first + done(epoch) - low]
                 with products("medium"):
                     for x, e in pairs:
                         losses.append(step(x, e, lr*(1 - (low + len(losses))/done(epochs)) if decay else lr))
@@ -385,7 +384,7 @@ def fit_stack(
                     m.state.losses += own
                     m.state.seconds += (time.perf_counter() - start)/len(group)
                 bar.update(len(losses)*batch*len(group))
-                if asked or time.monotonic() - saved > every:
+                if asked or time.monotonic() - saved > every*len(group):
                     for m in group: m.save()
                     saved = time.monotonic()
             if asked: break
