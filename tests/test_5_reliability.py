@@ -337,7 +337,7 @@ def test_every_parameter_is_checked(page, record):
 
 
 @pytest.mark.parametrize("wish, answer", [("DATASET=svhn", "no parameters for svhn"), ("SCALE=huge", "no parameters for digits at scale huge"), ("PART=methods=oracle", "choose one of normal"),
-                                          ("PART=seeds=first", "seeds must be of type int"), ("PART=colour=red", "colour is no part"), ("STUDY=none", "there is no study none")])
+                                          ("PART=seeds=first", "seeds must be of type int"), ("PART=colour=red", "colour is no part"), ("PART=stack=maybe", "stack is maybe; choose true or false"), ("STUDY=none", "there is no study none")])
 def test_the_workflow_says_what_is_wrong(wish, answer, tmp_path, monkeypatch, record):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     target = "study" if "STUDY" in wish else "reproduce"

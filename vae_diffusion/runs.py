@@ -7,7 +7,7 @@ __all__ = ['GROUPS', 'ONLY', 'COLUMNS', 'reference', 'published_weights', 'confi
            'hardware', 'environment', 'row', 'part', 'finish', 'read_table', 'as_markdown', 'read', 'device',
            'dataset_of', 'choose', 'diffusion_of', 'vae_of', 'trained', 'bank_of', 'full_bank', 'weights_folder',
            'pipeline_of', 'publish_weights', 'scheduler_of', 'snapshots', 'bounds', 'diffusion_rows', 'evaluate',
-           'curve_rows', 'changed', 'execute', 'require']
+           'curve_rows', 'sources', 'train', 'stacks', 'train_stack', 'changed', 'execute', 'require']
 
 # %% ../nbs/13_runs.ipynb #cell002
 import ctypes, json, os, platform, shutil, time
@@ -379,6 +379,58 @@ def curve_rows(
         if p["epoch"] == best_epoch: numbers["elbo_test_best"] = numbers["elbo_test"]
         rows += [{"metric": m, "value": v, "stderr": e, "n": len(dataset.train if m == "elbo_train" else dataset.test), "epoch": p["epoch"], "unit": "nats"} for m, (v, e) in numbers.items()]
     return rows
+
+# %% ../nbs/13_runs.ipynb #46013ec5
+def sources(
+    settings: list, # of `Settings`, which may differ in method, seed, k and bank
+    images: data.Dataset, # from `dataset_of`, on the device
+) -> list:
+    "The training source of each; samples are drawn first if they are not there. Raises as `training.source`."
+    named, banks = {digest(config("bank", s)): s for s in sorted(settings, key=lambda s: s.k) if s.method == "dmaapx"}, {}
+    for name, s in named.items(): # with the largest k
+        bank = full_bank(s)
+        banks[name] = bank[:s.k*len(images.train)].to("cuda") if device() == "cuda" else bank
+    of = lambda s: banks[digest(config("bank", s))] if s.method == "dmaapx" else None
+    return [training.source(s.method, images, s.seed, of(s), s.k) for s in settings]
+
+def train(
+    runs: list, # of `Run`, of train_vae, open and not done; if there are several, from `stacks`
+    images: data.Dataset, # from `dataset_of`, on the device
+    sources: list, # from `sources`
+):
+    "Trains a VAE, or several as one stack, and writes its weights and results. Raises as `training.fit`."
+    s = runs[0].settings
+    measure = lambda vae: evaluate(vae, images, s.elbo_samples)
+    members = [training.Member(vae_of(run.settings, images), source, run.settings.seed, measure, run.folder, run.digest) for run, source in zip(runs, sources, strict=True)]
+    fits = training.fit_stack(members, len(images.train), images.levels, s.epochs, s.batch, s.lr, {*s.evaluate_at, *s.gaps_at}, s.gaps_at, compile=s.compile, decay=s.lr_decay)
+    for run, member, fit in zip(runs, members, fits):
+        for name, weights in {"last": member.vae.state_dict(), "best": fit.best}.items(): paths.save_tensors(run.folder/f"{name}.safetensors", weights)
+        finish(run, curve_rows(fit.curve, fit.best_epoch, images), fit.seconds, device())
+        (run.folder/"checkpoint.safetensors").unlink()
+
+# %% ../nbs/13_runs.ipynb #96078fa9
+def stacks(
+    runs: list, # of `Run`, of any experiments
+) -> list: # of lists of two or more
+    "The runs of train_vae that are not done, by the stacks in which they can be trained."
+    alike = {}
+    for run in runs:
+        if run.stage != "train_vae" or run.settings.net != "fully_connected" or run.done: continue
+        alike.setdefault(digest({k: v for k, v in run.config.items() if k not in ("method", "seed", "k", "bank")}), []).append(run)
+    return [stack for stack in alike.values() if len(stack) > 1]
+
+def train_stack(
+    *runs: Run, # of `stacks`
+):
+    "Trains those of the runs that are not done as one stack, after other processes that work on one of them. Raises as `open_run` and `training.fit`."
+    runs = sorted(runs, key=lambda run: run.name) # all processes lock in one order, so that none waits for another in a circle
+    try:
+        for run in runs: open_run(run.stage, run.settings)
+        if not (left := [run for run in runs if not run.done]): return
+        images = dataset_of(left[0].settings).to(device())
+        train(left, images, sources([run.settings for run in left], images))
+    finally:
+        for run in runs: paths.release(run.folder)
 
 # %% ../nbs/13_runs.ipynb #cell032
 def changed(s: Settings) -> dict: # name -> plain value

@@ -45,32 +45,64 @@ def end(log):
     return next((line for line in reversed(log.read_text(errors="replace").splitlines()) if line.strip()), "it said nothing")
 
 
-def notebook(run, log):
-    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
-    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # where no checkpoint is made, they end it at once
+def begin(log):
+    "Makes this process one that does a run's work: its output goes to `log`, and a signal ends it at once where no checkpoint is made."
+    for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)
     sys.stdout = sys.stderr = open(log, "w", buffering=1)
     logging.disable(logging.WARNING)  # papermill's, for parameters that belong to other notebooks
     torch.set_num_threads(1)
+
+
+def notebook(run, log):
+    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
+    begin(log)
     run.folder.mkdir(parents=True, exist_ok=True)
     source = paths.root() / "nbs" / "experiments" / f"{run.stage}.ipynb"
     papermill.execute_notebook(source, run.folder / "notebook.ipynb", runs.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
 
 
+def apart(work):
+    "Does some work in a process of its own. Returns 0 if it ended well, 1 if it failed, `STOPPED` if its time is over, another number if it was stopped."
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            work()
+            code = 0
+        except KeyboardInterrupt:
+            traceback.print_exc()
+            code = 2
+        except BaseException as e:
+            if "Stopped" not in (type(e).__name__, getattr(e, "ename", "")): traceback.print_exc()
+            else:
+                print(getattr(e, "evalue", e))
+                code = STOPPED
+        finally: os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+
+
+def gpu():
+    "Whether there is a GPU, asked in a process of its own: one that has asked cannot be forked any more."
+    return not apart(lambda: os._exit(runs.device() != "cuda"))
+
+
+def train(stack, log):
+    "Trains a stack of runs in a process of its own. Returns whether it did not fail; if it did, each run can still go on alone. Raises `ProjectError` if it was stopped, `paths.Stopped` if its time is over."
+    def work():
+        begin(log)
+        runs.train_stack(*stack)
+    if all(run.done for run in stack): return True
+    paths.in_time()
+    code = apart(work)
+    if code == STOPPED: raise paths.Stopped(end(Path(log)))
+    if code not in (0, 1): raise paths.ProjectError(f"a stack of {len(stack)} runs was stopped: {end(Path(log))} ... see {log}")
+    if code: print(f"A stack of {len(stack)} runs failed, and each goes on alone: {end(Path(log))} ... see {log}", file=sys.stderr)
+    return not code
+
+
 def execute(run, log):
     "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails, `paths.Stopped` if its time is over."
     paths.in_time()
-    process = os.fork()
-    if not process:
-        status = 1
-        try:
-            notebook(run, log)
-            status = 0
-        except BaseException as e:
-            if getattr(e, "ename", "") != "Stopped": traceback.print_exc()
-            else:
-                print(e.evalue)
-                status = STOPPED
-        finally: os._exit(status)
-    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if status == STOPPED: raise paths.Stopped(end(Path(log)))
-    if status: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
+    code = apart(lambda: notebook(run, log))
+    if code == STOPPED: raise paths.Stopped(end(Path(log)))
+    if code: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
