@@ -188,7 +188,7 @@ def test_cases_that_need_no_data(case, arguments, monkeypatch):
 
 @pytest.mark.data
 @pytest.mark.parametrize("case, arguments", [
-    (bench.train_ours, {"n": 200, "epochs": 1}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
+    (bench.train_ours, {"n": 200, "epochs": 1}), (bench.train_ours, {"n": 200, "epochs": 1, "members": 2}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
 def test_cases_on_mnist(case, arguments):
     assert bench.once(case, 1, arguments)["value"] > 0
 

@@ -106,13 +106,16 @@ class Machine:
 
     def _step(self, s):
         images, vae = noise(s).to(runs.device()), runs.vae_of(s, noise(s)).train()
-        source, step = training.source(s.method, images, 0), training.stepper(vae, training.Adam(vae.parameters(), 1e-4), images.levels, False)
+        source = training.source(s.method, images, 0)
+        member = training.Member(vae, source)
+        member.load(lr := 1e-4)
+        step = training.stepper([member], images.levels, False)
         def f(n):
             for i in range(0, n, training.STEPS):
                 part = source.batch(0, min(n - i, training.STEPS)*s.batch)
                 e = torch.randn(1, len(part), *vae.latent_shape, device=part.device)
                 with products("medium"):
-                    for x, z in zip(part.split(s.batch), e.split(s.batch, 1)): step(x, z)
+                    for x, z in zip(part.split(s.batch), e.split(s.batch, 1)): step(x, z, lr)
         return per_unit(f)
 
     def _elbo(self, s):
