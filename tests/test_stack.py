@@ -158,6 +158,13 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
 
 
+def test_a_stack_that_is_stopped_is_not_gone_on_with(smoke, tmp_path, monkeypatch):
+    def stopped(*stack): raise KeyboardInterrupt("stopped by SIGINT")
+    monkeypatch.setattr(runs, "train_stack", stopped)
+    stack = [runs.Run("train_vae", settings.Settings(seed=i)) for i in (0, 1)]
+    with pytest.raises(ProjectError, match="a stack of 2 runs was stopped: KeyboardInterrupt: stopped by SIGINT"): warm.train(stack, tmp_path / "log")
+
+
 def test_a_stack_that_fails_or_is_started_twice(smoke, tmp_path, capfd):
     grid = [runs.Run("train_vae", settings.Settings(seed=i, epochs=20)) for i in (0, 1)]
     [stack], logs = runs.stacks(grid), [tmp_path / "1.log", tmp_path / "2.log"]
