@@ -395,6 +395,7 @@ def train(
     checkpoint_seconds: float=300, # between two checkpoints; one is always written at the end
     evaluate=None, # called with the averaged network at each point of the curve, returns a dict of further columns
     progress: bool=True, # show a progress bar
+    of: int=0, # images of the whole training if this is a part of it, to be told when it is stopped
 ): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, of the processor's time on a CPU, ...}]
     "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit, else as `data.check_levels`."
     check_levels(images, levels)
@@ -405,7 +406,7 @@ def train(
     if path.exists(): load_state(state, path, config)
     if state.images >= images_seen + recipe.batch: raise paths.ProjectError(
         f"{path} has seen {state.images} images, more than the {images_seen} asked for. Ask for more, or use another folder.")
-    with paths.stoppable(lambda: (state.images, images_seen, "images")) as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
+    with paths.stoppable(lambda: (state.images, of or images_seen, "images")) as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
         began, saved = clock(), time.monotonic()
         while state.images < images_seen:
             x = images[rows(state.steps, recipe.batch, len(images), recipe.seed).to(device)]
