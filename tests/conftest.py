@@ -20,13 +20,9 @@ LONG = {  # seconds of the longest tests on one core
     "test_stages_that_are_repeated_killed_and_started_at_once": 110,
     "test_nbdev_test_as_it_is_typed": 110,
     "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
-<<<<<<< HEAD
     "test_published_run": 109,
-=======
-    "test_published_run": 40,
     "test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone": 25,
     "test_a_compiled_stack": 15,
->>>>>>> 0714aae735f732097862149e83b843b309b5b08c
     "test_every_other_number_is_printed": 36,
     "test_the_workflow_says_what_is_wrong": 33,
     "test_compiled_diffusion_training_gives_the_plain_numbers": 25,
