@@ -9,11 +9,9 @@ __all__ = ['SIZES', 'FINAL', 'before', 'jobs', 'sizes', 'noise', 'per_unit', 'co
 # %% ../nbs/21_plan.ipynb #plan02
 import time
 from dataclasses import replace
-from functools import cache
 import pandas as pd
 import torch
-from . import augment, data, diffusion, metrics, paths, quality, results, runs, studies, training
-from .likeness import ms_ssim
+from . import data, diffusion, metrics, paths, quality, results, runs, studies, training
 from .models import products
 from .paths import ProjectError
 from .runs import Run
@@ -237,7 +235,7 @@ def plan(
     torch.set_num_threads(1)
     try:
         for run in jobs(grid):
-            whole = parts(run, machine)
+            with torch.random.fork_rng(): whole = parts(run, machine)
             method = run.settings.method if run.stage in ("train_vae", "measure_gaps") else ""
             rows.append({"stage": run.stage, "method": method, "seconds": sum(whole.values()), "left": left(run, whole), "done": run.done, "config": run.digest})
     finally: torch.set_num_threads(threads)
