@@ -20,6 +20,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_one_number_is_printed_and_a_second_call_returns_it": 109,
     "test_stages_that_are_repeated_killed_and_started_at_once": 110,
     "test_nbdev_test_as_it_is_typed": 110,
+    "test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results": 45,
     "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
     "test_published_run": 40,
     "test_every_other_number_is_printed": 36,
