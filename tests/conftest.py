@@ -19,6 +19,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_no_page_changes_the_process": 130,
     "test_stages_that_are_repeated_killed_and_started_at_once": 110,
     "test_nbdev_test_as_it_is_typed": 110,
+    "test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results": 45,
     "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
     "test_published_run": 109,
     "test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone": 25,

@@ -86,7 +86,8 @@ def pack(
     try: limit = int(float(size)*2**20)
     except (ValueError, OverflowError): limit = 0
     if limit < 1024: raise ProjectError(f"SIZE={size}: give the size of a piece in MiB, such as 16")
-    if to.exists() and not (to.is_dir() and _pieces(to) and {*_pieces(to), to/"SHA256SUMS"} >= {*to.iterdir()}): raise ProjectError(f"{to} is there, and is no pack: name another folder with TO=")
+    older = not to.exists() or to.is_dir() and _pieces(to) and {*to.iterdir()} <= {*_pieces(to), to/"SHA256SUMS"}
+    if not older: raise ProjectError(f"{to} is there, and is no pack: name another folder with TO=")
     with ExitStack() as held:
         for run in needed(folder, s):
             if not (run/"metrics.csv").exists(): held.enter_context(paths.alone(run))
@@ -124,7 +125,8 @@ def unpack(
         except tarfile.TarError as e: raise ProjectError(f"{source} was not written by `make pack` ({e})") from e
         there = sorted(f.parent for f in Path(tmp.name).glob("*/*/config.json"))
         for run in there:
-            if not re.fullmatch(r"[a-z_0-9]+-[a-z]+", run.parent.name) or run.name.split("-")[-1] != digest(_config(run), 8): raise ProjectError(f"{source} was not written by `make pack`: {run.parent.name}/{run.name} is no run")
+            known = re.fullmatch(r"[a-z_0-9]+-[a-z]+", run.parent.name) and run.name.split("-")[-1] == digest(_config(run), 8)
+            if not known: raise ProjectError(f"{source} was not written by `make pack`: {run.parent.name}/{run.name} is no run")
         if not there or {*there} != {*Path(tmp.name).glob("*/*")}: raise ProjectError(f"{source} was not written by `make pack`: it holds no runs, or more than runs")
         taken = 0
         for run in there:

@@ -196,7 +196,8 @@ def _so_far(before, after, seconds):
     "What is done, and how long the rest will take."
     done, total, unit = after
     minutes = (total - done)/max(done - before[0], 1e-9)*seconds/60
-    return f"{done:,} of {total:,} {unit} are done" + f", the others take about {minutes:.{0 if minutes >= 9.95 else 1}f} minutes"*(done > before[0]) + "; "
+    rest = "less than a minute" if minutes < 1 else f"about {minutes:.{0 if minutes >= 9.95 else 1}f} minutes"
+    return f"{done:,} of {total:,} {unit} are done" + f", the others take {rest}"*(done > before[0]) + "; "
 
 @contextmanager
 def stoppable(

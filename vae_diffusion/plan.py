@@ -9,11 +9,9 @@ __all__ = ['SIZES', 'FINAL', 'before', 'jobs', 'sizes', 'noise', 'per_unit', 'co
 # %% ../nbs/21_plan.ipynb #plan02
 import time
 from dataclasses import replace
-from functools import cache
 import pandas as pd
 import torch
-from . import augment, data, diffusion, metrics, paths, quality, results, runs, studies, training
-from .likeness import ms_ssim
+from . import data, diffusion, metrics, paths, quality, results, runs, studies, training
 from .models import products
 from .paths import ProjectError
 from .runs import Run
@@ -42,7 +40,9 @@ def jobs(
     return [*found.values()]
 
 # %% ../nbs/21_plan.ipynb #plan08
-SIZES = {"digits": (1437, 360, 1, 17), "binary_mnist": (60_000, 10_000, 1, 2), "fashion_mnist": (60_000, 10_000, 1, 256), "cifar10": (50_000, 10_000, 3, 256)} # train, test, channels, levels
+SIZES = { # train, test, channels, levels
+    "digits": (1437, 360, 1, 17), "binary_mnist": (60_000, 10_000, 1, 2),
+    "fashion_mnist": (60_000, 10_000, 1, 256), "cifar10": (50_000, 10_000, 3, 256)}
 
 def sizes(s): # all parameters -> images for training, for testing
     "How many images a run has."
@@ -227,7 +227,8 @@ def left(
 ) -> float: # seconds
     "How long the rest of a run takes."
     if run.done: return 0.
-    if run.stage in ("measure_gaps", "measure_diffusion"): return sum(t for name, t in whole.items() if not (run.folder/f"{name}.json").exists() and not (run.folder/f"{name}.safetensors").exists())
+    there = {f.stem for f in run.folder.glob("*.*")} # parts, and the classifier
+    if run.stage in ("measure_gaps", "measure_diffusion"): return sum(t for name, t in whole.items() if name not in there)
     return share(run)*sum(whole.values())
 
 # %% ../nbs/21_plan.ipynb #plan15
@@ -240,7 +241,7 @@ def plan(
     torch.set_num_threads(1)
     try:
         for run in jobs(grid):
-            whole = parts(run, machine)
+            with torch.random.fork_rng(): whole = parts(run, machine)
             method = run.settings.method if run.stage in ("train_vae", "measure_gaps") else ""
             rows.append({"stage": run.stage, "method": method, "seconds": sum(whole.values()), "left": left(run, whole), "done": run.done, "config": run.digest})
     finally: torch.set_num_threads(threads)
@@ -253,7 +254,8 @@ def markdown(
     "A plan as a table: runs of a kind, and where the time goes."
     rows, total = [["job", "runs", "done", "minutes each", "minutes left", "share"]], table.left.sum()
     for (stage, method), t in table.groupby(["stage", "method"], sort=False):
-        rows.append([f"{stage} {method}".strip(), str(len(t)), str(int(t.done.sum())), f"{t.seconds.mean()/60:.1f}", f"{t.left.sum()/60:.1f}", f"{100*t.left.sum()/max(total, 1e-9):.0f} %"])
+        each, rest = t.seconds.mean()/60, t.left.sum()
+        rows.append([f"{stage} {method}".strip(), f"{len(t)}", f"{t.done.sum()}", f"{each:.1f}", f"{rest/60:.1f}", f"{100*rest/max(total, 1e-9):.0f} %"])
     wide = [max(map(len, column)) for column in zip(*rows)]
     rows[1:1] = [["-"*wide[0], *("-"*(w - 1) + ":" for w in wide[1:])]]
     lines = ["| " + " | ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, wide))) + " |" for row in rows]
@@ -270,6 +272,7 @@ def main(
     start, machine = time.perf_counter(), Machine()
     runs.keep_memory() # as every run
     table = plan(grid, machine)
-    others = sorted({f"compiled steps are {ratio:.2f} times as fast, by data/results/{name}" for ratio, name in machine.compiled.values() if name})
-    print(f"{study or f'{dataset}-{scale}'}, measured in {time.perf_counter() - start:.0f} seconds on {runs.hardware(runs.device()).split(', ')[0]}" + ", one thread a run"*(runs.device() == "cpu") + "".join(f"; {o}" for o in others) + ":\n")
+    where = runs.hardware(runs.device()).split(", ")[0] + ", one thread a run"*(runs.device() == "cpu")
+    where += "".join(sorted({f"; compiled steps {ratio:.2f} times as fast by data/results/{name}" for ratio, name in machine.compiled.values() if name}))
+    print(f"{study or f'{dataset}-{scale}'}, measured in {time.perf_counter() - start:.0f} seconds on {where}:\n")
     print(markdown(table, int(cores)))
