@@ -46,7 +46,7 @@ test: $(BIN)/ready  ## everything that CI checks
 
 torture: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
 	@mkdir -p build && rm -f build/reliability.csv
-	TORTURE=build/reliability.csv $(BIN)/python -m pytest -q tests/test_5_reliability.py tests/test_3_experiments.py::test_{workflow_is_interrupted_fails_in_part_resumes_and_reports,every_study_can_be_run}
+	TORTURE=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py tests/test_3_experiments.py::test_{workflow_is_interrupted_fails_in_part_resumes_and_reports,every_study_can_be_run}
 	mv build/reliability.csv data/reliability.csv
 
 mutants: $(BIN)/ready  ## every fault of tests/mutants.toml, put in and noticed by a test: data/mutants.csv; with FAULT="augment flip" some of them

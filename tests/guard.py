@@ -1,6 +1,6 @@
-"""`nbdev_test` in one process, with the pages in a shuffled order; it also fails for a page that leaves the process changed.
+"""`nbdev_test` with the pages in a shuffled order; it also fails for a page that leaves its process changed.
 
-    python tests/guard.py SEED [PATH]
+    python tests/guard.py SEED [WORKERS [PATH]]    without number or with "default" as many workers as nbdev_test takes by itself
 """
 import ctypes
 import gc
@@ -111,6 +111,9 @@ def differences(before, after):
 
 def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
     "Runs the cells of a page; fails if they leave the process changed. Its threads and processes may take a moment to end."
+    if not tempfile.tempdir.endswith(str(os.getpid())):  # a folder for each worker
+        os.environ["TMPDIR"] = tempfile.tempdir = f"{tempfile.tempdir}/{os.getpid()}"
+        os.mkdir(tempfile.tempdir)
     before = state()
     run_all(shell, *args, **options)
     shell.reset(new_session=False)
@@ -123,13 +126,12 @@ def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
     raise shell.exc
 
 
-def main(seed, path=None):
+def main(seed, workers="default", path=None):
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        os.environ["TMPDIR"] = tempfile.tempdir
         if path: WATCHED.append(path)
         CaptureShell.run_all = guarded
         nbdev.test.sorted = lambda pages: random.Random(seed).sample([*pages], len(pages))
-        nbdev.test.nbdev_test(path, n_workers=0)
+        nbdev.test.nbdev_test(path, n_workers=None if workers == "default" else int(workers), do_print=True)
 
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -38,8 +38,8 @@ def works():
 
 
 def checkpoint_often():
-    fit, train, fill, add = training.fit, diffusion.train, banks.SampleBank.fill, banks.SampleBank._add
-    training.fit = lambda *a, **k: (works(), fit(*a, **k | {"every": EVERY}))[1]
+    fit, train, fill, add = training.fit_stack, diffusion.train, banks.SampleBank.fill, banks.SampleBank._add
+    training.fit_stack = lambda *a, **k: (works(), fit(*a, **k | {"every": EVERY}))[1]
     banks.SampleBank._add = lambda *a: (works(), add(*a))[1]
     diffusion.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
     banks.SampleBank.fill = lambda self, *a, **k: fill(self, *a, **k | {"batch": 64, "seconds": EVERY})

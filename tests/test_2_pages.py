@@ -1,4 +1,4 @@
-"The pages that define and read, as a user of nbdev tests them; and all in one process, which none of them may change."
+"The pages that define and read, as a user of nbdev tests them."
 import json
 import re
 import subprocess
@@ -10,27 +10,22 @@ from conftest import ROOT, run, tracked
 PAGES = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]  # those write results, and have tests of their own
 
 
-def test_nbdev_test_as_it_is_typed():
-    "With its default workers, several pages one after the other in each."
-    said = run("nbdev_test", "--do_print")
-    tested = [line.split()[-1] for line in said.splitlines() if "- Completed" in line]
-    assert sorted(tested) == sorted(str(ROOT / p) for p in PAGES)
+def guard(*arguments):
+    return subprocess.run([sys.executable, "tests/guard.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_nbdev_test_as_it_is_typed(tries):
+    "Several pages one after the other in each worker, in a shuffled order; none may leave its process changed. One worker: `make torture`."
+    for seed, workers in enumerate(tries(["default"], ["default", 1, 0, 3])):
+        done = guard(seed, workers)
+        assert not done.returncode, f"order {seed}: {done.stderr[-6000:]}"
+        tested = [line.split()[-1] for line in done.stdout.splitlines() if "- Completed" in line]
+        assert sorted(tested) == sorted(str(ROOT / p) for p in PAGES)
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("page", ["nbs/01_data.ipynb", "nbs/07_augment.ipynb"])
 def test_a_page_that_shows_all_data_sets(page): run("nbdev_test", "--path", page, "--n_workers", "0")
-
-
-def guard(seed, *path):
-    return subprocess.run([sys.executable, "tests/guard.py", str(seed), *path], cwd=ROOT, capture_output=True, text=True)
-
-
-def test_no_page_changes_the_process(tries):
-    "All pages in one process, in a shuffled order; each is compared with what it found."
-    for seed in range(tries(1, 5)):
-        done = guard(seed)
-        assert not done.returncode, f"order {seed}: {done.stderr[-6000:]}"
 
 
 LEAKS = {  # what a page may do -> what is then said to have changed
@@ -61,7 +56,7 @@ def test_a_page_that_changes_the_process_is_seen(tmp_path):
         cell = {"cell_type": "code", "id": f"cell{i}", "source": code, "metadata": {}, "execution_count": None, "outputs": []}
         page = {"cells": [cell], "metadata": {"kernelspec": {"language": "python"}}, "nbformat": 4, "nbformat_minor": 5}
         (tmp_path / f"{i}.ipynb").write_text(json.dumps(page))
-    done = guard(0, str(tmp_path))
+    done = guard(0, 0, str(tmp_path))
     said = {text.split(".ipynb")[0].split("/")[-1]: text for text in done.stderr.split("AssertionError in ")[1:]}
     assert done.returncode and said.keys() == {str(i + 1) for i in range(len(LEAKS))}, done.stderr[-6000:]
     for i, change in enumerate(LEAKS.values(), 1): assert re.search(f"^  {change}", said[str(i)], re.M), said[str(i)]
