@@ -1,6 +1,8 @@
 "Shared by all tests: one thread a process, and a last line that counts."
 import csv
+import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -10,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(ROOT / "workflow"))
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 if "OFFLINE" in os.environ:  # what each worker asks of other machines is noted in a file of its own
     os.environ["OFFLINE"] += f"-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
@@ -64,6 +67,48 @@ def run(*command, **options):
     done = subprocess.run([str(c) for c in command], cwd=ROOT, capture_output=True, text=True, **options)
     assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
     return done.stdout
+
+
+def forked(stage, out, parameters=None):
+    """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it, as it would in a new kernel.
+
+    Returns the process. What it says is beside its page `out`, which ends in .ipynb, in a file that ends in .log.
+    """
+    import papermill
+    import warm
+    def work():
+        warm.begin(out.with_suffix(".log"))
+        page = ROOT / f"nbs/experiments/{stage}.ipynb"
+        how = dict(engine_name="in_process", kernel_name="python3", progress_bar=False)
+        papermill.execute_notebook(page, out, parameters, **how)
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def snakemake(*options, said=None):
+    "Begins snakemake in a fork of this process, which has what the workflow imports. Returns the process; it speaks to `said`."
+    from snakemake.cli import main
+    def work():
+        os.chdir(ROOT)
+        if said: sys.stdout = sys.stderr = said
+        main([str(o) for o in options])
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
+
+
+def made(*arguments, **variables):
+    "The command that `make` would start, begun by `snakemake`, to its end: exit status and what was said to the user."
+    plain = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}  # of `make test`
+    command = shlex.split(run("make", "--no-print-directory", "--dry-run", *arguments, env=plain))
+    assert not set("|&;<>") & set("".join(command)), f"only a shell could do all of it: {command}"
+    with tempfile.TemporaryFile("w+") as said, pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items(): patch.setenv(name, value)
+        process = snakemake(*command[command.index("snakemake") + 1:], said=said)
+        process.join()
+        said.seek(0)
+        return process.exitcode, said.read()
 
 
 @pytest.fixture

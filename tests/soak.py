@@ -31,6 +31,7 @@ def left(shells):
 
 def main(folder, seconds):
     os.environ["VAE_DIFFUSION_RUNS"] = folder
+    wishes = "seed, seeds, methods = {}, [0], ['normal']" if seconds else "seeds, methods, n_train, dm_images = [0], ['normal'], 300, 500"
     shells, began, early, runs = {}, time.monotonic(), None, 0
     for seed in itertools.count():
         for stage in ("train_vae", "measure_gaps") if seconds else ("train_diffusion", "sample_bank", "measure_diffusion", "train_vae", "measure_gaps", "report"):
@@ -38,7 +39,8 @@ def main(folder, seconds):
             shell = shells[stage]
             for cell in nbformat.read(ROOT / "nbs" / "experiments" / f"{stage}.ipynb", 4).cells:
                 if cell.cell_type != "code": continue
-                shell.run(cell.source + (f"\nseed, seeds, methods = {seed if seconds else 0}, [0], ['normal']" if "parameters" in cell.metadata.get("tags", []) else ""))
+                told = "parameters" in cell.metadata.get("tags", [])
+                shell.run(cell.source + f"\n{wishes.format(seed)}" * told)
                 if shell.exc: raise shell.exc
             runs += 1
         if not early and time.monotonic() - began > seconds / 5: early = left(shells.values())

@@ -3,32 +3,24 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import pandas as pd
 import pytest
-from conftest import ROOT, run
-
-sys.path.insert(0, str(ROOT / "workflow"))
+from conftest import ROOT, forked, made, run, snakemake
 import warm
 
 PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
 
 
-def papermill(stage, out, *parameters):
-    pairs = [x for name, value in parameters for x in ("-p", name, value)]
-    return run(*PAPERMILL, *pairs, f"nbs/experiments/{stage}.ipynb", out / f"{stage}.ipynb")
-
-
-def forked(folder, *stages, **parameters):
-    "Runs stages one after the other as the workflow does, in forks of this process, which has PyTorch."
+def execute(folder, *stages, **parameters):
+    "Runs stages one after the other as the workflow does."
     from vae_diffusion import runs, settings
     for stage in stages: warm.execute(runs.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
-    run(*PAPERMILL, "-p", "method", "dmaapx", "-y", "gaps_at: [1]", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
+    run(*PAPERMILL, "-p", "method", "dmaapx", "-p", "n_train", "300", "-y", "gaps_at: [1]", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
     folder = smoke / "digits-smoke"
     assert {f.parent.name.split("-")[0] for f in folder.glob("*/metrics.csv")} == {"sample_bank", "train_vae", "measure_gaps"}
     table = pd.read_csv(*folder.glob("measure_gaps-*/metrics.csv"))
@@ -37,7 +29,7 @@ def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
 
 def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
     from vae_diffusion import paths, sampling, studies
-    forked(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
+    execute(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
     shutil.copytree(paths.published(), tmp_path / "results")
     for place, folder in {"published": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
     studies.publish(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
@@ -47,33 +39,25 @@ def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke,
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
     from vae_diffusion import runs, settings
-    forked(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
+    execute(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     warm.execute(runs.Run("train_vae", runs.reference(settings.Settings())), tmp_path / "reference.log")
-    forked(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
+    execute(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
     assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
     assert table[table.metric == "two_sample_test"].epoch.isna().all()
 
 
-DRY_RUNS = """
-import os, sys
-from snakemake.cli import main
-sys.path.insert(0, "workflow")
-import warm # and with it all that the workflow imports, once
-for name in sys.argv[1:]:
-    options = "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={name}"
-    if not os.fork(): main(["--snakefile", "workflow/Snakefile", *options, "--", "study"])
-    if os.wait()[1]: sys.exit(f"study {name} cannot be run")
-"""
-
-
-def test_every_study_can_be_run(tries):
+def test_every_study_can_be_run(smoke, tries):
     "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make torture` all."
     from vae_diffusion import studies
     found = [studies.study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]
     for study in found: assert study.name.startswith(study.dataset + "-") and study.runs()
     planned = tries({study.stages: study for study in found}.values(), found)
-    run(sys.executable, "-c", DRY_RUNS, *(study.name for study in planned))
+    for study in planned:
+        options = "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={study.name}"
+        process = snakemake("--snakefile", "workflow/Snakefile", *options, "--", "study")
+        process.join()
+        assert process.exitcode == 0, f"study {study.name} cannot be run"
 
 
 def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, monkeypatch, cut, record):
@@ -93,8 +77,8 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
     assert not bad.done, "it was interrupted too late"
     bad.folder.mkdir(parents=True, exist_ok=True)
     (bad.folder / "config.json").write_text("{}")
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and "Some runs failed" in done.stdout + done.stderr
+    status, said = made("reproduce", "SCALE=smoke")
+    assert status and "Some runs failed" in said
     assert "does not hold the configuration" in (folder / "logs" / f"{bad.name}.log").read_text()
     assert len(list(folder.glob("train_vae-*/metrics.csv"))) == 2 and (folder / "report.html").exists()
     others = times()
@@ -112,34 +96,38 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
 
 
 def test_killed_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    command = [*PAPERMILL, "-p", "epochs", "150", "-p", "seed", "7", "-y", "evaluate_at: [20, 60]", "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb"]
-    numbers = []
+    "By a signal that no process can refuse; a new kernel goes on."
+    wish, numbers = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}, []
+    command = [*PAPERMILL, *(x for k, v in wish.items() for x in ("-y", f"{k}: {v}")), "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb"]
     for name, kill in ("whole", False), ("killed", True):
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
         if kill:
-            process = subprocess.Popen([str(c) for c in command], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            process = forked("train_vae", tmp_path / "killed.ipynb", wish)
             deadline = time.monotonic() + 120
             while not list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(.05)
-            os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+            process.join()
             assert list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and not list((tmp_path / name).glob("*/*/metrics.csv")), "the run was not caught at work"
-        run(*command)
+            run(*command)
+        else: forked("train_vae", tmp_path / "whole.ipynb", wish).join()
         numbers.append(pd.read_csv(*(tmp_path / name).glob("*/*/metrics.csv")).drop(columns=["seconds"]))
     pd.testing.assert_frame_equal(*numbers, check_exact=True)
 
 
 def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path):
     outs = [tmp_path / f"{i}.ipynb" for i in range(3)]
-    processes = [subprocess.Popen([*PAPERMILL, "-p", "epochs", "150", "nbs/experiments/train_vae.ipynb", str(out)], cwd=ROOT) for out in outs]
-    assert [p.wait(timeout=180) for p in processes] == [0, 0, 0]
+    processes = [forked("train_vae", out, {"epochs": 150}) for out in outs]
+    for p in processes: p.join()
+    assert [p.exitcode for p in processes] == [0, 0, 0]
     assert len(list(smoke.glob("*/*/metrics.csv"))) == 1
     assert sum("Another process works in" in out.read_text() for out in outs) == 2
 
 
-@pytest.mark.parametrize("name, value, message", [("methd", "dmaapx", "did you mean method"), ("method", "oracle", "choose one of normal"), ("epochs", "-1", "must lie between"), ("dataset", "svhn", "choose one of digits")])
+@pytest.mark.parametrize("name, value, message", [("methd", "dmaapx", "did you mean method"), ("method", "oracle", "choose one of normal"), ("epochs", -1, "must lie between"), ("dataset", "svhn", "choose one of digits")])
 def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value, message):
-    before = set(smoke.glob("*/*"))
-    with pytest.raises(AssertionError, match=message): papermill("train_vae", tmp_path, (name, value))
-    assert set(smoke.glob("*/*")) == before
+    process = forked("train_vae", tmp_path / "out.ipynb", {name: value})
+    process.join()
+    assert process.exitcode and message in (tmp_path / "out.log").read_text() and not smoke.exists()
 
 
 @pytest.mark.data

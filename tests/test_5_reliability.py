@@ -23,12 +23,10 @@ import pandas as pd
 import psutil
 import pytest
 import torch
-from conftest import ROOT, run, tracked
+from conftest import ROOT, made, run, tracked
 from vae_diffusion import data, paths, results, runs, sampling, settings
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.paths import ProjectError
-
-sys.path.insert(0, str(ROOT / "workflow"))
 import warm
 
 RANDOM = random.Random
@@ -341,11 +339,10 @@ def test_every_parameter_is_checked(page, record):
 
 @pytest.mark.parametrize("wish, answer", [("DATASET=svhn", "no parameters for svhn"), ("SCALE=huge", "no parameters for digits at scale huge"), ("PART=methods=oracle", "choose one of normal"),
                                           ("PART=seeds=first", "seeds must be of type int"), ("PART=colour=red", "colour is no part"), ("PART=stack=maybe", "stack is maybe; choose true or false"), ("STUDY=none", "there is no study none")])
-def test_the_workflow_says_what_is_wrong(wish, answer, tmp_path, monkeypatch, record):
-    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+def test_the_workflow_says_what_is_wrong(wish, answer, tmp_path, record):
     target = "study" if "STUDY" in wish else "reproduce"
-    done = subprocess.run(["make", target, *([] if "SCALE" in wish else ["SCALE=smoke"] if "DATASET" not in wish else []), wish], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode and answer in done.stderr and not list(tmp_path.iterdir())
+    status, said = made(target, *([] if "SCALE" in wish or "DATASET" in wish else ["SCALE=smoke"]), wish, VAE_DIFFUSION_RUNS=str(tmp_path))
+    assert status and answer in said and not list(tmp_path.iterdir())
     record(f"make {target} {wish}", 1, "refused before any work, in one line")
 
 

@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from conftest import ROOT, run, tracked
+from conftest import ROOT, run, snakemake, tracked
 
 
 def make(*arguments, folder=ROOT, **variables):
@@ -102,12 +102,15 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
     assert "http://127.0.0.1:" in address or "http://localhost:" in address, address
 
 
-def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path):
+def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypatch):
     "README's command; the profile here only plans the runs."
     (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
-    said = run("snakemake", "--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock",
-               "--config", "dataset=binary_mnist", "scale=paper", "--", "report")
-    assert "report" in said and "run" in said, said
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
+    process = snakemake("--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock",
+                        "--config", "dataset=binary_mnist", "scale=paper", "--", "report", said=(tmp_path / "said").open("w"))
+    process.join()
+    said = (tmp_path / "said").read_text()
+    assert not process.exitcode and "report" in said and "run" in said, said
 
 
 ASK = """

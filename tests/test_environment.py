@@ -2,7 +2,6 @@
 import errno
 import fcntl
 import mmap
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -11,16 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
-import papermill
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, forked, made
 from vae_diffusion import data, paths, runs
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.paths import ProjectError
 from vae_diffusion.settings import Settings
-
-sys.path.insert(0, str(ROOT / "workflow"))
 import warm
 
 
@@ -86,15 +82,16 @@ def test_a_full_cache_is_read_without_permission_to_write(folder, monkeypatch):
     with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): data.fetch(source)
 
 
+SMALL = dict(n_train=300, dm_images=500)
+
+
 def test_finished_experiments_are_shown_from_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
     stages = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_diffusion"
-    for stage in stages: warm.execute(runs.Run(stage, Settings()), tmp_path / "log")
-    show = lambda stage: papermill.execute_notebook(ROOT / f"nbs/experiments/{stage}.ipynb", tmp_path / "out.ipynb", engine_name="in_process", kernel_name="python3", progress_bar=False)
+    for stage in stages: warm.execute(runs.Run(stage, Settings(**SMALL)), tmp_path / "log")
     with read_only_mount(tmp_path / "runs"):
         for stage in stages:
-            process = multiprocessing.get_context("fork").Process(target=show, args=[stage])
-            process.start()
+            process = forked(stage, tmp_path / "out.ipynb", SMALL)
             process.join()
             assert process.exitcode == 0, stage
 
@@ -148,11 +145,11 @@ def test_the_data_folder_is_found_from_everywhere(tmp_path, monkeypatch):
     with pytest.raises(ProjectError, match=f"^{ROOT}/no such data/mnist"): data.load("binary_mnist")
 
 
-def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path):
-    env = os.environ | {"CXX": "/none/g++", "VAE_DIFFUSION_RUNS": str(tmp_path / "runs")}
-    alone = ["papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3", "-p", "compile", "true", "-p", "method", "dmaapx", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb"]
-    whole = ["make", "reproduce", "DATASET=binary_mnist"]
-    for command in alone, whole:
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-        assert done.returncode and "the C++ compiler /none/g++ cannot be used: No such file or directory. Install one" in done.stderr
+def test_what_cannot_be_compiled_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/none/g++")
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
+    alone = forked("measure_gaps", tmp_path / "out.ipynb", {"compile": True, "method": "dmaapx"})
+    alone.join()
+    for status, said in (alone.exitcode, (tmp_path / "out.log").read_text()), made("reproduce", "DATASET=binary_mnist"):
+        assert status and "the C++ compiler /none/g++ cannot be used: No such file or directory. Install one" in said
     assert not (tmp_path / "runs").exists()

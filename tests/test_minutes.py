@@ -2,13 +2,10 @@
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
 from vae_diffusion import packing, paths, plan, runs, settings
-
-sys.path.insert(0, str(ROOT / "workflow"))
 import warm
 
 

@@ -1,20 +1,14 @@
 "Every output that README promises comes when its commands are typed."
-import multiprocessing
 import re
 import shlex
-import sys
 
 import nbformat
-import papermill
 import PIL.Image
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, forked
 from vae_diffusion import settings
-
-sys.path.insert(0, str(ROOT / "workflow"))
-import warm  # noqa: F401, for its papermill engine
 
 README = (ROOT / "README.md").read_text()
 
@@ -55,9 +49,7 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         options = shlex.split(row["parameters"].strip("`")) if row["parameters"] != "the same" else before
         before, stage = options, row["notebook"].strip("`")
         wishes = {name: yaml.safe_load(value) for name, value in zip(options[1::3], options[2::3])}
-        execute = lambda: papermill.execute_notebook(ROOT / f"nbs/experiments/{stage}.ipynb", tmp_path / "out.ipynb", wishes, engine_name="in_process", kernel_name="python3", progress_bar=False)
-        process = multiprocessing.get_context("fork").Process(target=execute)
-        process.start()
+        process = forked(stage, tmp_path / "out.ipynb", wishes)
         process.join()
         assert process.exitcode == 0, row
         printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")

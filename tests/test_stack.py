@@ -4,19 +4,16 @@ What differs is rounding: matrices are multiplied by another routine. In five ep
 by less than 1e-4 nats and weights by less than 1e-5; a fault changes them by nats.
 """
 import shutil
-import sys
 import threading
 import time
 
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import snakemake
 from vae_diffusion import data, metrics, models, paths, results, runs, settings, training
 from vae_diffusion.likelihoods import family
 from vae_diffusion.paths import ProjectError
-
-sys.path.insert(0, str(ROOT / "workflow"))
 import warm
 
 MEMBERS = {"a": ("normal", 0), "b": ("normal", 1), "c": ("aug_naive", 0), "d": ("dmaapx", 2)}
@@ -141,12 +138,14 @@ def test_a_loss_that_is_not_finite_names_its_run(wanted, tmp_path):
 
 
 def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monkeypatch):
-    command, tables = "snakemake --profile none --quiet all --snakefile workflow/Snakefile --cores 2 --nolock --force-use-threads --config scale=smoke stack=true --", []
+    command, tables = "--profile none --quiet all --snakefile workflow/Snakefile --cores 2 --nolock --force-use-threads --config scale=smoke stack=true --", []
     for way in "stack", "alone":
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / way))
         grid = [r for r in results.grid(settings.params("digits", "smoke")) if r.stage == "train_vae"]
         if way == "stack":
-            run(*command.split(), *(r.results for r in grid))
+            workflow = snakemake(*command.split(), *(r.results for r in grid))
+            workflow.join()
+            assert not workflow.exitcode
             for r in grid: assert {f.name for f in r.folder.glob("[!.]*")} == {"config.json", "metrics.csv", "SHA256SUMS", "best.safetensors", "last.safetensors", "notebook.ipynb"}
             assert [*grid[0].folder.parent.glob("logs/stack-*.log")]
         else:
