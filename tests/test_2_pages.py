@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, run, tracked
+from conftest import ROOT, tracked
 
 PAGES = [p for p in tracked("nbs/*.ipynb") if "/experiments/" not in p]  # those write results, and have tests of their own
 
@@ -14,18 +14,23 @@ def guard(*arguments):
     return subprocess.run([sys.executable, "tests/guard.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
 
 
+def tested(seed, workers):
+    "Tests all pages in a shuffled order."
+    done = guard(seed, workers)
+    assert not done.returncode, f"order {seed}: {done.stderr[-6000:]}"
+    found = [line.split()[-1] for line in done.stdout.splitlines() if "- Completed" in line]
+    assert sorted(found) == sorted(str(ROOT / p) for p in PAGES)
+
+
 def test_nbdev_test_as_it_is_typed(tries):
-    "Several pages one after the other in each worker, in a shuffled order; none may leave its process changed. One worker: `make torture`."
-    for seed, workers in enumerate(tries(["default"], ["default", 1, 0, 3])):
-        done = guard(seed, workers)
-        assert not done.returncode, f"order {seed}: {done.stderr[-6000:]}"
-        tested = [line.split()[-1] for line in done.stdout.splitlines() if "- Completed" in line]
-        assert sorted(tested) == sorted(str(ROOT / p) for p in PAGES)
+    "Several pages one after the other in each worker, in a shuffled order; none may leave its process changed."
+    for seed, workers in enumerate(tries(["default"], ["default", 1, 0, 3])): tested(seed, workers)
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("page", ["nbs/01_data.ipynb", "nbs/07_augment.ipynb"])
-def test_a_page_that_shows_all_data_sets(page): run("nbdev_test", "--path", page, "--n_workers", "0")
+def test_nbdev_test_with_one_worker():
+    "All pages in one process; two of them show all data sets."
+    tested(5, 1)
 
 
 LEAKS = {  # what a page may do -> what is then said to have changed

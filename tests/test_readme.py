@@ -49,7 +49,7 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         options = shlex.split(row["parameters"].strip("`")) if row["parameters"] != "the same" else before
         before, stage = options, row["notebook"].strip("`")
         wishes = {name: yaml.safe_load(value) for name, value in zip(options[1::3], options[2::3])}
-        process = forked(stage, tmp_path / "out.ipynb", wishes)
+        process = forked(stage, tmp_path / "out.ipynb", wishes | {"n_train": 300})
         process.join()
         assert process.exitcode == 0, row
         printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
