@@ -62,7 +62,7 @@ study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=
 	@$(SNAKEMAKE) study=$(STUDY) -- study
 
 bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: what data/results/bench-MACHINE.csv lacks; all takes about 30 minutes
-	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion import bench; bench.main()"
+	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion.benchmark import command; command.main()"
 
 build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
@@ -85,16 +85,16 @@ weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for pa
 	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
 publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
-	$(BIN)/python -c "from vae_diffusion import runs, settings; runs.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
+	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; builders.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
 
 plan: $(BIN)/ready  ## the runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes
-	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion import paths, plan; paths.plainly(plan.main, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import plan; errors.plainly(plan.main, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
 
 pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, in pieces of SIZE=16 MiB at most; TO=folder writes it there
-	@$(BIN)/python -c "import sys; from vae_diffusion import packing, paths; paths.plainly(packing.pack, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
+	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.plainly(packing.pack, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
 
 unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
-	@$(BIN)/python -c "import sys; from vae_diffusion import packing, paths; paths.plainly(packing.unpack, *sys.argv[1:])" "$(FROM)"
+	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.plainly(packing.unpack, *sys.argv[1:])" "$(FROM)"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)

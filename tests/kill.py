@@ -18,8 +18,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow"))
 import warm
-from vae_diffusion import banks, diffusion, figures, paths, results, runs, sampling, training
-from vae_diffusion.settings import Settings
+from vae_diffusion import banks, diffusion_training, training
+from vae_diffusion.core import files, paths
+from vae_diffusion.harness import figures, identity, results, style, tables
+from vae_diffusion.harness.settings import Settings
 
 EVERY = .3  # seconds between checkpoints, so that there are some in a run of seconds
 SLACK = 2.5  # seconds that a run may take to start or to write besides
@@ -38,10 +40,10 @@ def works():
 
 
 def checkpoint_often():
-    fit, train, fill, add = training.fit_stack, diffusion.train, banks.SampleBank.fill, banks.SampleBank._add
+    fit, train, fill, add = training.fit_stack, diffusion_training.train, banks.SampleBank.fill, banks.SampleBank._add
     training.fit_stack = lambda *a, **k: (works(), fit(*a, **k | {"every": EVERY}))[1]
     banks.SampleBank._add = lambda *a: (works(), add(*a))[1]
-    diffusion.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
+    diffusion_training.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
     banks.SampleBank.fill = lambda self, *a, **k: fill(self, *a, **k | {"batch": 64, "seconds": EVERY})
 
 
@@ -49,7 +51,7 @@ def publish(folder):
     "What the workflow does with the results of a grid that is done."
     paths.published, paths.figures = lambda: folder / "published", lambda: folder / "published"
     table = results.publish(results.collect(SETTINGS)[0], SETTINGS)
-    for name, drawn in figures.from_results(table, SETTINGS).items(): figures.save(drawn, paths.figures(), name)
+    for name, drawn in figures.from_results(table, SETTINGS).items(): style.save(drawn, paths.figures(), name)
 
 
 def start(stage, folder):
@@ -61,7 +63,7 @@ def start(stage, folder):
         os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
         for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # this process may have been started with them ignored
         if stage == "publish": publish(folder)
-        else: warm.notebook(runs.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
+        else: warm.notebook(identity.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
         failed = 0
     finally: os._exit(failed)
 
@@ -86,9 +88,9 @@ def content(folder):
     found = {}
     for f in sorted(folder.rglob("*")):
         name = f.relative_to(folder).as_posix()
-        if f.name in ("metrics.csv", "digits-cpu.csv", "digits-smoke.csv"): found[name] = runs.read_table(f).drop(columns="seconds").to_csv()
-        elif f.name == "manifest.json": found[name] = json.loads(paths.checked(f)) | {"seconds": None}
-        elif f.suffix in (".safetensors", ".npy", ".svg", ".png") and "checkpoint" not in name: found[name] = paths.file_digest(f)
+        if f.name in ("metrics.csv", "digits-cpu.csv", "digits-smoke.csv"): found[name] = tables.read_table(f).drop(columns="seconds").to_csv()
+        elif f.name == "manifest.json": found[name] = json.loads(files.checked(f)) | {"seconds": None}
+        elif f.suffix in (".safetensors", ".npy", ".svg", ".png") and "checkpoint" not in name: found[name] = files.file_digest(f)
     return found
 
 
@@ -136,7 +138,7 @@ def main(folder, tries):
         began = time.monotonic()
         if status := wait(process := start(stage, before), 600): sys.exit(f"{stage} failed by itself with {status}: {''.join(f.read_text() for f in before.glob('*.log'))}")
         seconds, whole = time.monotonic() - began, content(before)
-        said = {"stage": stage, "content": paths.digest(whole), "peak": round(peaks[process])}
+        said = {"stage": stage, "content": files.digest(whole), "peak": round(peaks[process])}
         if tries:
             found = [kill(stage, stored, whole, seconds, i) for i in range(tries)]
             said |= {"tries": tries, "kills": sum(k for k, *_ in found), "lost": round(max(m for _, m, _ in found), 2),

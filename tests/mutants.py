@@ -38,7 +38,7 @@ WARM = (  # imported before any fork
 
 def page(file):
     "The page that a module is exported from."
-    return re.search(r"File to edit: \.\./(nbs/\S+\.ipynb)\.", (ROOT / file).read_text())[1]
+    return re.search(r"File to edit: (?:\.\./)+(nbs/\S+\.ipynb)\.", (ROOT / file).read_text())[1]
 
 
 def put(mutant, copy):

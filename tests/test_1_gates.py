@@ -17,11 +17,25 @@ from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-ORDER = "paths data likelihoods models diffusion banks sampling augment training intervals likeness metrics settings runs results figures samplers bench quality studies packing plan".split()
+FOLDERS = "core", "method", "metrics", "harness", "benchmark" # of the pages that define, in the order in which they may import
 
 
 def cells(page, kind="code"):
     return [c for c in json.loads((ROOT / page).read_text())["cells"] if c["cell_type"] == kind]
+
+
+def defined(folder):
+    "The modules that the pages of a folder define, in the order of the pages."
+    return ["".join(cells(page)[0]["source"]).split()[2].removesuffix(".__init__") for page in tracked(f"nbs/{folder}/*.ipynb")]
+
+
+def file_of(module):
+    "The file of a module."
+    path = ROOT / "vae_diffusion" / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+ORDER = [module for folder in FOLDERS for module in defined(folder)]
 
 
 @pytest.mark.skipif("CI" not in os.environ, reason="the tree need only be clean in CI")
@@ -42,7 +56,7 @@ def test_the_tests_run_in_every_copy(kind, tmp_path):
         for f in [copy, *copy.rglob("*")]: os.chown(f, 65534, 65534)
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"]
     found = subprocess.run(collect, cwd=copy, capture_output=True, text=True)
-    assert not found.returncode and "test_page[nbs/00_paths.ipynb]" in found.stdout, found.stdout + found.stderr
+    assert not found.returncode and "test_page[nbs/core/01_paths.ipynb]" in found.stdout, found.stdout + found.stderr
 
 
 def test_clean_and_export_change_nothing(tmp_path):
@@ -57,7 +71,7 @@ def test_clean_and_export_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_parameters_cell_agrees_with_settings(page):
-    from vae_diffusion.settings import Settings, settings_of
+    from vae_diffusion.harness.settings import Settings, settings_of
     tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
     lines = "".join(tagged[0]["source"]).splitlines()
@@ -69,7 +83,7 @@ def test_parameters_cell_agrees_with_settings(page):
 
 @pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
 def test_params_are_settings(file):
-    from vae_diffusion.settings import params
+    from vae_diffusion.harness.settings import params
     names = yaml.safe_load((ROOT / file).read_text())
     assert params(names["dataset"], names["scale"])
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
@@ -87,11 +101,18 @@ def test_page(page):
 
 
 def test_imports_point_one_way():
+    "Folder by folder, and within a folder in the order of the pages' numbers."
     for i, module in enumerate(ORDER):
-        text = (ROOT / f"vae_diffusion/{module}.py").read_text()
-        used = set(re.findall(r"from \.(\w+) import", text)) | {n.strip() for names in re.findall(r"from \. import (.+)", text) for n in names.split(",")}
+        used = set()
+        for n in ast.walk(ast.parse(file_of(module).read_text())):
+            if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or "").startswith("vae_diffusion")): continue
+            package = "vae_diffusion." + module if file_of(module).stem == "__init__" else ("vae_diffusion." + module).rpartition(".")[0]
+            base = ".".join(package.split(".")[:len(package.split(".")) - n.level + 1] + [n.module or ""][:bool(n.module)]) if n.level else n.module
+            used |= {m for name in n.names for m in ((f"{base}.{name.name}".removeprefix("vae_diffusion.")), base.removeprefix("vae_diffusion.")) if m in ORDER and m != module}
         assert used <= set(ORDER[:i]), f"{module} imports {used - set(ORDER[:i])}"
-    assert {f"vae_diffusion/{m}.py" for m in ORDER} | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"} == set(tracked("vae_diffusion/*.py"))
+    packages = {f"vae_diffusion/{m.split('.')[0]}/__init__.py" for m in ORDER if "." in m}
+    made = {file_of(m).relative_to(ROOT).as_posix() for m in ORDER} | packages | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"}
+    assert made == set(tracked("vae_diffusion/*.py"))
 
 
 def test_readme_is_made_from_index(tmp_path):
@@ -108,32 +129,34 @@ def test_readme_is_made_from_index(tmp_path):
 
 @pytest.mark.parametrize("file", tracked("data/weights/*/pipeline.py"))
 def test_code_beside_published_weights_is_the_librarys(file):
-    from vae_diffusion import paths, sampling
-    assert (ROOT / file).read_text() == sampling.pipeline_code(), f"{file} is not what `sampling.save` writes now"
-    paths.check_all((ROOT / file).parent)
+    from vae_diffusion import pipelines
+    from vae_diffusion.core import files
+    assert (ROOT / file).read_text() == pipelines.pipeline_code(), f"{file} is not what `pipelines.save` writes now"
+    files.check_all((ROOT / file).parent)
 
 
 def test_studies_page_shows_every_study():
-    text = (ROOT / "nbs/19_studies.ipynb").read_text()
+    text = (ROOT / "nbs/harness/13_studies.ipynb").read_text()
     for file in tracked("nbs/experiments/studies/*.yaml"): assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
 
 
 @pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
 def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
-    from vae_diffusion import bench, figures, settings, studies
+    from vae_diffusion.benchmark import report
+    from vae_diffusion.harness import figures, settings, studies, style
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    if name.startswith("bench-"): drawn = bench.drawn(table)
+    if name.startswith("bench-"): drawn = report.drawn(table)
     elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.figure(table, name)
     else: drawn = figures.from_results(table, settings.params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
-        figures.save(fig, tmp_path, figure)
+        style.save(fig, tmp_path, figure)
         plt.close(fig)
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
 
 
 @pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if "/bench-" not in f])
 def test_published_results_belong_to_the_parameters(csv):
-    from vae_diffusion import results, settings, studies
+    from vae_diffusion.harness import results, settings, studies
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
     grid = [r for _, r in studies.study(name).runs()] if "variant" in table else results.grid(settings.params(*name.rsplit("-", 1)))
     stale = set(table.config) - {r.digest for r in grid}
@@ -141,8 +164,8 @@ def test_published_results_belong_to_the_parameters(csv):
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
-    from vae_diffusion import figures, studies
-    figures.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
+    from vae_diffusion.harness import figures, studies, style
+    style.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
     assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
 
 
@@ -179,6 +202,6 @@ def test_wheel_works_without_the_checkout(tmp_path):
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
     run("python", "-m", "pip", "install", "--quiet", "--no-index", "--disable-pip-version-check", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
     code = (f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path/'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-            f"from vae_diffusion import {', '.join(ORDER)}; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
+            f"import importlib; from vae_diffusion import data; from vae_diffusion.core import paths; [importlib.import_module('vae_diffusion.' + m) for m in {ORDER}]; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
             "assert paths.root() == paths.cache(); print(len(data.load('digits').train))")
     assert run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"

@@ -15,8 +15,8 @@ PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "pyt
 
 def execute(folder, *stages, **parameters):
     "Runs stages one after the other as the workflow does."
-    from vae_diffusion import runs, settings
-    for stage in stages: warm.execute(runs.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
+    from vae_diffusion.harness import identity, settings
+    for stage in stages: warm.execute(identity.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
@@ -28,19 +28,21 @@ def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
 
 
 def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
-    from vae_diffusion import paths, sampling, studies
+    from vae_diffusion import pipelines
+    from vae_diffusion.core import paths
+    from vae_diffusion.harness import studies
     execute(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
     shutil.copytree(paths.published(), tmp_path / "results")
     for place, folder in {"published": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
     studies.publish(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
-    assert sampling.load_pipeline(tmp_path / "weights/digits-toy").shape == (1, 8, 8)
+    assert pipelines.load_pipeline(tmp_path / "weights/digits-toy").shape == (1, 8, 8)
     assert set(studies.published("digits-toy").method) == {"train_diffusion", "sample_bank"} and not (tmp_path / "weights/digits").exists()
 
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
-    from vae_diffusion import runs, settings
+    from vae_diffusion.harness import identity, settings
     execute(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
-    warm.execute(runs.Run("train_vae", runs.reference(settings.Settings())), tmp_path / "reference.log")
+    warm.execute(identity.Run("train_vae", identity.reference(settings.Settings())), tmp_path / "reference.log")
     execute(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
     assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
@@ -49,7 +51,7 @@ def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
 
 def test_every_study_can_be_run(smoke, tries):
     "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make torture` all."
-    from vae_diffusion import studies
+    from vae_diffusion.harness import studies
     found = [studies.study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]
     for study in found: assert study.name.startswith(study.dataset + "-") and study.runs()
     planned = tries({study.stages: study for study in found}.values(), found)
@@ -62,7 +64,7 @@ def test_every_study_can_be_run(smoke, tries):
 
 def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, monkeypatch, cut, record):
     "One grid: stopped after its first run, then with a run that fails, then without a network. Nothing is done twice."
-    from vae_diffusion import results, settings
+    from vae_diffusion.harness import results, settings
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     command, folder = ("make", "--no-print-directory", "reproduce", "SCALE=smoke"), tmp_path / "digits-smoke"
     times = lambda: {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}

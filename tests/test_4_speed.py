@@ -13,8 +13,14 @@ from conftest import run
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
-from vae_diffusion import banks, bench, data, diffusion, metrics, models, paths, sampling, training
+from vae_diffusion import banks, data, diffusion, diffusion_training, levels, metrics, models, pipelines, sampling
+from vae_diffusion import sources, training
+from vae_diffusion.benchmark import command, diffusion_cases, metric_cases, report, suite, timing, vae_cases
+from vae_diffusion.core import files, precision
+from vae_diffusion.harness import runs, style
+from vae_diffusion.core.errors import ProjectError
 from vae_diffusion.likelihoods import family
+from vae_diffusion.recipe import Recipe
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -27,7 +33,7 @@ def test_compiled_training_gives_the_plain_numbers(bf16, build):
         torch.manual_seed(0)
         vae = build(digits.shape)
         vae.autocast = torch.bfloat16 if fast and bf16 else None
-        curve = training.fit(vae, training.source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
+        curve = training.fit(vae, sources.source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
         losses.append(curve[-1]["loss"])
         elbos.append(metrics.elbo(vae, digits.test, 17, samples=4).mean().item())
     assert abs(losses[0] - losses[1]) < 0.1 and abs(elbos[0] - elbos[1]) < 0.1, "nats"
@@ -48,10 +54,10 @@ def diffusion_losses(build, compiled, device="cpu", steps=6):
     digits = data.load("digits")
     torch.manual_seed(0)
     net = build().to(device)
-    recipe = diffusion.Recipe(batch=32, lr=2e-3, muon_lr=0.01, warmup_images=100, ema_halflife_images=1000)
-    state, losses = diffusion.State(net, recipe, compiled), []
+    recipe = Recipe(batch=32, lr=2e-3, muon_lr=0.01, warmup_images=100, ema_halflife_images=1000)
+    state, losses = diffusion_training.State(net, recipe, compiled), []
     for x in digits.train[:32*steps].split(32):
-        state.step(2*data.to_unit(x.to(device), 17) - 1)
+        state.step(2*levels.to_unit(x.to(device), 17) - 1)
         losses.append(state.mean_loss())
         state.total.zero_()
         state.counted = 0
@@ -97,10 +103,10 @@ def samplers(net, batch, device="cpu"):
     def sampler(kind):
         pipe = kind(net, sampling.EDMDPMSolverMultistepScheduler(sigma_data=0.75, sigma_max=40., sigma_min=0.03), 17).to(device)
         pipe.set_progress_bar_config(disable=True)
-        if kind is sampling.Compiled: pipe.batch = batch
+        if kind is pipelines.Compiled: pipe.batch = batch
         return pipe, lambda rows, solver, precision="float32": pipe(len(rows), banks.generators(rows), 5, "latent", solver=solver, precision=precision).images
     torch.manual_seed(0)
-    return sampler(sampling.EDMPipeline), sampler(sampling.Compiled)
+    return sampler(sampling.EDMPipeline), sampler(pipelines.Compiled)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -160,72 +166,73 @@ def test_search_and_attack_bear_fast_products():
     digits = data.load("digits")
     torch.manual_seed(0)
     vae = models.fully_connected(digits.shape, family("binomial", levels=17), (64, 64), 4)
-    training.fit(vae, training.source("normal", digits, 0), 1437, 17, 20, lr=3e-3, progress=False)
-    x, plain = data.to_unit(digits.test[:20], 17), metrics.products
+    training.fit(vae, sources.source("normal", digits, 0), 1437, 17, 20, lr=3e-3, progress=False)
+    x, plain = levels.to_unit(digits.test[:20], 17), precision.products
+    users = sys.modules["vae_diffusion.metrics.amortization"], sys.modules["vae_diffusion.metrics.robustness"]
     found = []
     for products in plain, lambda precision: plain("highest"):
-        metrics.products = products
+        for module in users: module.products = products
         found.append((metrics.amortization_gap(vae, digits.test[:50], 17).elbo_star.mean().item(), metrics.attack(vae, x).kl.mean().item()))
-    metrics.products = plain
+    for module in users: module.products = plain
     assert abs(found[0][0] - found[1][0]) < 0.1 and found[0][1] == pytest.approx(found[1][1], rel=0.05)
 
 
 def test_memory_does_not_grow_with_k():
     "In processes of their own, with mapped files left out, as the benchmark measures it."
-    code = "import json; from vae_diffusion import bench; t = bench.alternate({('growth', 'k', k): (bench.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
+    code = "import json; from vae_diffusion.benchmark import timing, vae_cases; t = timing.alternate({('growth', 'k', k): (vae_cases.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
     one, twenty = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
     assert one > 5 and twenty < one + 15, "MB; the larger bank holds 58 MB more"
 
 
 @pytest.mark.parametrize("case, arguments", [
-    (bench.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (bench.sample_ours, {"steps": 2, "n": 2}), (bench.sample_ddim, {"steps": 2, "n": 2}),
-    (bench.sample_euler, {"steps": 2, "n": 2}), (bench.train_residual, {"n": 8, "nc": 8, "batch": 4}), (bench.train_diffusion, {"widths": (8,), "batch": 2, "seconds": .01}), (bench.train_diffusers, {"widths": (8,), "batch": 2, "seconds": .01}),
-    (bench.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (bench.similarity, {"package": "ours", "n": 2}), (bench.similarity, {"package": "pytorch_msssim", "n": 2})])
+    (timing.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (diffusion_cases.sample_ours, {"steps": 2, "n": 2}), (diffusion_cases.sample_ddim, {"steps": 2, "n": 2}),
+    (diffusion_cases.sample_euler, {"steps": 2, "n": 2}), (vae_cases.train_residual, {"n": 8, "nc": 8, "batch": 4}), (diffusion_cases.train_diffusion, {"widths": (8,), "batch": 2, "seconds": .01}), (diffusion_cases.train_diffusers, {"widths": (8,), "batch": 2, "seconds": .01}),
+    (diffusion_cases.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (metric_cases.similarity, {"package": "ours", "n": 2}), (metric_cases.similarity, {"package": "pytorch_msssim", "n": 2})])
 def test_cases_that_need_no_data(case, arguments, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, **how: net) # which would take longer than the rest
-    assert bench.once(case, 1, arguments)["value"] > 0
+    assert timing.once(case, 1, arguments)["value"] > 0
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("case, arguments", [
-    (bench.train_ours, {"n": 200, "epochs": 1}), (bench.train_ours, {"n": 200, "epochs": 1, "members": 2}), (bench.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (bench.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (bench.star, {"n": 2, "steps": 2})])
+    (vae_cases.train_ours, {"n": 200, "epochs": 1}), (vae_cases.train_ours, {"n": 200, "epochs": 1, "members": 2}), (metric_cases.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (metric_cases.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (metric_cases.star, {"n": 2, "steps": 2})])
 def test_cases_on_mnist(case, arguments):
-    assert bench.once(case, 1, arguments)["value"] > 0
+    assert timing.once(case, 1, arguments)["value"] > 0
 
 
 def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
     product = {"size": 64, "seconds": .01}
-    monkeypatch.setattr(bench, "SPEED", {("matrix product", t, None): (bench.product, {"dtype": t} | product) for t in ("float32", "bfloat16")}
-        | {("MS-SSIM", package, None): (bench.similarity, {"package": package, "n": 2}) for package in ("pytorch_msssim", "ours")})
-    monkeypatch.setattr(bench, "ELBO", {})
-    monkeypatch.setattr(bench, "GROWTH", {"k": (1, 2), "batch": (50, 100)})
-    monkeypatch.setattr(bench, "COST", {("growth", name, x): (bench.growth, {"train": 200, "steps": 2, name: x}) for name, values in bench.GROWTH.items() for x in values})
+    monkeypatch.setattr(suite, "SPEED", {("matrix product", t, None): (timing.product, {"dtype": t} | product) for t in ("float32", "bfloat16")}
+        | {("MS-SSIM", package, None): (metric_cases.similarity, {"package": package, "n": 2}) for package in ("pytorch_msssim", "ours")})
+    monkeypatch.setattr(suite, "ELBO", {})
+    monkeypatch.setattr(suite, "GROWTH", {"k": (1, 2), "batch": (50, 100)})
+    monkeypatch.setattr(suite, "COST", {("growth", name, x): (vae_cases.growth, {"train": 200, "steps": 2, name: x}) for name, values in suite.GROWTH.items() for x in values})
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path/"runs"))
-    for what in "published", "figures": monkeypatch.setattr(bench.paths, what, lambda what=what: tmp_path/what)
-    kept = tmp_path/"runs"/f"bench-{bench.machine()}-{torch.get_num_threads()}-threads"/"speed.csv"
+    for what in "published", "figures": monkeypatch.setattr(command.paths, what, lambda what=what: tmp_path/what)
+    kept = tmp_path/"runs"/f"bench-{runs.machine()}-{torch.get_num_threads()}-threads"/"speed.csv"
     kept.parent.mkdir(parents=True)
-    paths.write_text(kept, "benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n", listed=True)
+    files.write_text(kept, "benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n", listed=True)
     whole = kept.read_text()
     kept.write_text(whole[:-4])
-    with pytest.raises(paths.ProjectError, match="speed.csv"): bench.main(repetitions=2)
+    with pytest.raises(ProjectError, match="speed.csv"): command.main(repetitions=2)
     kept.write_text(whole)
-    bench.main(repetitions=2)
-    table = pd.read_csv(tmp_path/"published"/f"bench-{bench.machine()}.csv")
+    command.main(repetitions=2)
+    table = pd.read_csv(tmp_path/"published"/f"bench-{runs.machine()}.csv")
     assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}
     assert table.value[0] == 123 and not table.duplicated(["benchmark", "case", "x", "repetition"]).any(), "a stopped benchmark goes on"
-    assert {f.name for f in (tmp_path/"figures"/f"bench-{bench.machine()}").glob("*.png")} == {"speed.png", "growth.png"}
-    for name, fig in bench.drawn(table).items():
-        bench.figures.save(fig, tmp_path, name)
-        assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{bench.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
+    assert {f.name for f in (tmp_path/"figures"/f"bench-{runs.machine()}").glob("*.png")} == {"speed.png", "growth.png"}
+    for name, fig in report.drawn(table).items():
+        style.save(fig, tmp_path, name)
+        assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{runs.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
     assert not kept.parent.exists()
-    file = tmp_path/"published"/f"bench-{bench.machine()}.csv"
+    file = tmp_path/"published"/f"bench-{runs.machine()}.csv"
     before, lines = table, file.read_text().splitlines()
-    monkeypatch.setattr(bench, "SPEED", bench.SPEED | {("MS-SSIM", "torchmetrics", None): (bench.product, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (bench.only_gpu, {"case": None})})
-    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
-    bench.main(repetitions=2)
+    monkeypatch.setattr(suite, "SPEED", suite.SPEED | {("MS-SSIM", "torchmetrics", None): (timing.product, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (suite.only_gpu, {"case": None})})
+    monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
+    command.main(repetitions=2)
     added = [line for line in file.read_text().splitlines() if line not in lines]
     assert [line.split(",")[:3] for line in added] == [["MS-SSIM", "torchmetrics", i] for i in "01"], "only what is missing is measured, a GPU's rows never on a CPU"
     assert [line for line in file.read_text().splitlines() if line not in added] == lines
     file.write_text(file.read_text().replace(before.hardware[0], "another"))
-    paths.enlist_all(file.parent)
-    with pytest.raises(paths.ProjectError, match="measured on another.*Delete it"): bench.main(repetitions=2)
+    files.enlist_all(file.parent)
+    with pytest.raises(ProjectError, match="measured on another.*Delete it"): command.main(repetitions=2)

@@ -24,9 +24,11 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, made, run, tracked
-from vae_diffusion import data, paths, results, runs, sampling, settings
+from vae_diffusion import data, levels, pipelines
+from vae_diffusion.core import batches, files, formats, locks, paths, rng
+from vae_diffusion.harness import identity, results, runs, settings, tables
 from vae_diffusion.banks import SampleBank
-from vae_diffusion.paths import ProjectError
+from vae_diffusion.core.errors import ProjectError
 import warm
 
 RANDOM = random.Random
@@ -50,7 +52,7 @@ class Formats:
 
     def tiny_source(self, name, files):
         "A data set of a few images in the published formats, with their true MD5s."
-        known = {f: (len(raw), data.md5_of(raw)) for f, raw in files.items()}
+        known = {f: (len(raw), formats.md5_of(raw)) for f, raw in files.items()}
         (self.folder / name).mkdir()
         for f, raw in files.items(): (self.folder / name / f).write_bytes(raw)
         return data.Source(name, 256, (), {}, known, data.sources[name].parse)
@@ -85,13 +87,13 @@ class Formats:
 
     def safetensors(self):
         file = self.folder / "checkpoint.safetensors"
-        paths.save_tensors(file, {"a": torch.arange(50.), "b": torch.ones(3, 2)}, {"step": 7})
-        return file, lambda: repr(sorted((k, v.tolist()) if isinstance(v, torch.Tensor) else (k, v) for part in paths.load_tensors(file) for k, v in part.items()))
+        files.save_tensors(file, {"a": torch.arange(50.), "b": torch.ones(3, 2)}, {"step": 7})
+        return file, lambda: repr(sorted((k, v.tolist()) if isinstance(v, torch.Tensor) else (k, v) for part in files.load_tensors(file) for k, v in part.items()))
 
     def run(self):
         with patch.object(paths, "runs", lambda: self.folder):
             run = runs.open_run("train_vae", settings.Settings())
-            runs.finish(run, [runs.row("elbo_test", [1., 2.], epoch=3)], 1.)
+            runs.finish(run, [tables.row("elbo_test", [1., 2.], epoch=3)], 1.)
         return run
 
     def run_configuration(self):
@@ -103,12 +105,12 @@ class Formats:
 
     def results(self):
         run = self.run()
-        return run.results, lambda: runs.read_table(run.results).to_csv()
+        return run.results, lambda: tables.read_table(run.results).to_csv()
 
     def published_results(self):
         (self.folder / "published").mkdir()
         file = self.folder / "published" / "digits-cpu.csv"
-        results.store(results.published("digits").head(40), file)
+        tables.store(results.published("digits").head(40), file)
         def read():
             with patch.object(paths, "published", lambda: file.parent): return results.published("digits").to_csv()
         return file, read
@@ -123,7 +125,7 @@ class Formats:
 
     def weights(self):
         shutil.copytree(ROOT / "data/weights/digits", self.folder / "digits")
-        return lambda: json.dumps(sampling.load_pipeline(self.folder / "digits").identity())
+        return lambda: json.dumps(pipelines.load_pipeline(self.folder / "digits").identity())
 
     def weights_config(self):
         read = self.weights()
@@ -192,10 +194,11 @@ def test_stages_that_are_repeated_killed_and_started_at_once(tmp_path, tries, re
 DOWNLOAD = """
 import json, os, sys
 from vae_diffusion import data
+from vae_diffusion.core import formats
 data.sources["cifar10"] = data.Source(**json.loads(sys.argv[1]), parse=data.sources["cifar10"].parse)
 parent, children = os.getpid(), []
 while os.getpid() == parent and len(children) < 7: children.append(os.fork()) # eight processes
-print(data.md5_of(data.load("cifar10").train.numpy().tobytes()), flush=True)
+print(formats.md5_of(data.load("cifar10").train.numpy().tobytes()), flush=True)
 sys.exit(os.getpid() == parent and any(os.waitpid(child, 0)[1] for child in children))
 """
 
@@ -221,11 +224,11 @@ def test_eight_downloads_at_once(tmp_path, record):
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         source = {"folder": "tiny", "levels": 256, "mirrors": [f"http://127.0.0.1:{server.server_port}/"],
-                  "containers": {served.name: data.md5_of(served.read_bytes())}, "files": {name: [len(raw), data.md5_of(raw)] for name, raw in batches.items()}}
+                  "containers": {served.name: formats.md5_of(served.read_bytes())}, "files": {name: [len(raw), formats.md5_of(raw)] for name, raw in batches.items()}}
         env = {k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}
         said = run(sys.executable, "-c", DOWNLOAD, json.dumps(source), env=env, timeout=120)
         server.shutdown()
-    assert said.count(data.md5_of(batches["0.bin"][1:])) == 8, said
+    assert said.count(formats.md5_of(batches["0.bin"][1:])) == 8, said
     assert len(asked) == 1 and "waiting for it to end" in said, (asked, said)
     record("eight at once: download", 8, "one downloads, the others wait; the server is asked once")
 
@@ -261,8 +264,8 @@ def test_a_file_that_may_not_be_read(name, open_folder, record):
 def test_a_folder_that_may_not_be_written(open_folder, record):
     (open_folder / "results").mkdir(mode=0o555)
     bank, table = Formats(open_folder), results.published("digits").head(3)
-    for write in [lambda f: results.store(table, f / "digits-cpu.csv"), lambda f: paths.hold(f / "run"),
-                  lambda f: SampleBank(f / "bank").fill(bank, 20, progress=False), lambda f: paths.save_tensors(f / "a.safetensors", {"a": torch.ones(2)})]:
+    for write in [lambda f: tables.store(table, f / "digits-cpu.csv"), lambda f: locks.hold(f / "run"),
+                  lambda f: SampleBank(f / "bank").fill(bank, 20, progress=False), lambda f: files.save_tensors(f / "a.safetensors", {"a": torch.ones(2)})]:
         with plain_user(), pytest.raises(ProjectError, match=f"{open_folder}/results/.* cannot be written .Permission denied"): write(open_folder / "results")
     assert not any((open_folder / "results").iterdir())
     record("no permission to write", 4, "an error that names the file")
@@ -357,10 +360,10 @@ def test_a_download_without_a_network(tmp_path, cut, record):
 
 SHORT = """
 import resource, torch
-from vae_diffusion import data, metrics, models
+from vae_diffusion import data, levels, metrics, models
 from vae_diffusion.likelihoods import family
 torch.set_num_threads(1)
-images = data.pad(data.load("digits").train, 64)
+images = levels.pad(data.load("digits").train, 64)
 vae = models.fully_connected((1, 64, 64), family("binomial", levels=17), (64,), 4)
 metrics.elbo(vae, images[:10], 17)
 used, limits = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), resource.getrlimit(resource.RLIMIT_AS)
@@ -396,7 +399,7 @@ def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
     elbo, chosen = {}, torch.set_num_threads
     for name, threads, seed in ("one", 1, 0), ("two", 2, 0), ("seed", 1, 1):
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
-        trained = runs.Run("train_vae", settings.Settings(epochs=30, seed=seed))
+        trained = identity.Run("train_vae", settings.Settings(epochs=30, seed=seed))
         with patch.object(torch, "set_num_threads", lambda n, given=threads: chosen(given)): warm.execute(trained, tmp_path / "log")
         elbo[name] = runs.read(trained).query("metric == 'elbo_test' and epoch == 30").value.item()
     assert abs(elbo["one"] - elbo["two"]) < .5 < abs(elbo["one"] - elbo["seed"]), elbo
@@ -406,11 +409,11 @@ def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
 
 def test_another_batch_of_the_sampler():
     "Image i depends on its own noise; its batch changes the rounding alone, and with it one level in a thousand pixels at most."
-    pipe = sampling.load_pipeline(paths.weights() / "digits")
+    pipe = pipelines.load_pipeline(paths.weights() / "digits")
     def draw(rows):
-        generators = [paths.generator("bank", 0, i) for i in rows.tolist()]
-        return data.to_levels(pipe(len(rows), generators, 8, "pt", solver="multistep").images, 17).int()
-    together, apart = (torch.cat(data.in_parts(draw, size, torch.arange(64))) for size in (64, 7))
+        generators = [rng.generator("bank", 0, i) for i in rows.tolist()]
+        return levels.to_levels(pipe(len(rows), generators, 8, "pt", solver="multistep").images, 17).int()
+    together, apart = (torch.cat(batches.in_parts(draw, size, torch.arange(64))) for size in (64, 7))
     assert (together != apart).float().mean() < 1e-3 and (together - apart).abs().max() <= 1
 
 

@@ -1,11 +1,11 @@
-"The published data sets in full. Needs `VAE_DIFFUSION_DATA`; the page `nbs/01_data.ipynb` checks everything that does not."
+"The published data sets in full. Needs `VAE_DIFFUSION_DATA`; the page `nbs/method/01_data.ipynb` checks everything that does not."
 import gzip, os
 from pathlib import Path
 
 import pytest, torch
 
-from vae_diffusion import data
-from vae_diffusion.paths import ProjectError
+from vae_diffusion import data, levels
+from vae_diffusion.core.errors import ProjectError
 
 DATA = os.environ.get("VAE_DIFFUSION_DATA")
 pytestmark = pytest.mark.data
@@ -46,7 +46,7 @@ def test_means_are_those_in_common_use(loaded):
 def test_binary_mnist_is_the_threshold(loaded):
     raw = gzip.decompress((Path(DATA)/"mnist"/"t10k-images-idx3-ubyte.gz").read_bytes())
     grey = torch.frombuffer(bytearray(raw[16:]), dtype=torch.uint8).reshape(-1, 1, 28, 28)
-    torch.testing.assert_close(loaded["binary_mnist"].test, data.to_levels(data.to_unit(grey, 256), 2))
+    torch.testing.assert_close(loaded["binary_mnist"].test, levels.to_levels(levels.to_unit(grey, 256), 2))
 
 
 @pytest.mark.parametrize("name", published)

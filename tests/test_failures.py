@@ -2,8 +2,8 @@
 import re
 
 from conftest import made
-from vae_diffusion import runs
-from vae_diffusion.settings import Settings
+from vae_diffusion.harness import identity
+from vae_diffusion.harness.settings import Settings
 
 
 def test_a_place_for_runs_that_cannot_be_used_is_refused_first(tmp_path):
@@ -17,7 +17,7 @@ def test_a_place_for_runs_that_cannot_be_used_is_refused_first(tmp_path):
 
 def test_failed_runs_and_reports_say_why_and_where_their_log_is(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
-    gaps, folder = runs.Run("measure_gaps", Settings()), tmp_path / "digits-smoke"
+    gaps, folder = identity.Run("measure_gaps", Settings()), tmp_path / "digits-smoke"
     gaps.folder.mkdir(parents=True)
     (gaps.folder / "config.json").write_text("of another run")
     (folder / "results.csv").mkdir()

@@ -6,11 +6,14 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.testing import assert_close
-from vae_diffusion import augment, data, diffusion, figures, likeness, metrics, paths, quality, runs, sampling, training
+from vae_diffusion import augment, data, diffusion, diffusion_training, levels, metrics, pipelines, sources, training
+from vae_diffusion.core import paths, rng
+from vae_diffusion.harness import builders
 from vae_diffusion.banks import SampleBank
+from vae_diffusion.harness.settings import Settings
 from vae_diffusion.likelihoods import family
 from vae_diffusion.models import residual
-from vae_diffusion.settings import Settings
+from vae_diffusion.recipe import Recipe
 
 models = sorted(p.name for p in paths.weights().iterdir())
 
@@ -40,7 +43,7 @@ def test_plain_diffusers_draws_the_same_images(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     python(PLAIN, tmp_path, *models)
     for name in models:
-        same = sampling.load_pipeline(paths.weights() / name)(2, torch.Generator().manual_seed(7), 2, "pt").images
+        same = pipelines.load_pipeline(paths.weights() / name)(2, torch.Generator().manual_seed(7), 2, "pt").images
         assert_close(torch.load(tmp_path / f"{name}-torch.float32.pt"), same, atol=0, rtol=0)
     same = torch.load(tmp_path / "digits-torch.float32.pt")
     for dtype in "float16", "bfloat16":
@@ -56,11 +59,11 @@ def float64():
 
 
 digits = data.load("digits")
-unit = data.to_unit(digits.test[:6], 17)
+unit = levels.to_unit(digits.test[:6], 17)
 
 
 def vae():
-    return runs.vae_of(Settings(), digits)
+    return builders.vae_of(Settings(), digits)
 
 
 def fitted(source, net=vae):
@@ -74,8 +77,8 @@ def likelihoods():
     for name, levels in ("bernoulli", 2), ("binomial", 17), ("gaussian", 256), ("mol", 256):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            p = residual((3, 8, 8), family(name, 3, levels), 4).eval().generate(2, paths.generator("z"))
-        found += [p.log_prob(torch.ones(2, 3, 8, 8, dtype=torch.float32)), p.mean, p.sample(paths.generator("x"))]
+            p = residual((3, 8, 8), family(name, 3, levels), 4).eval().generate(2, rng.generator("z"))
+        found += [p.log_prob(torch.ones(2, 3, 8, 8, dtype=torch.float32)), p.mean, p.sample(rng.generator("x"))]
     return found
 
 
@@ -83,18 +86,18 @@ def diffusion_model(folder):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = diffusion.unet(8, 1, (8, 8))
-    recipe = diffusion.Recipe(batch=20, warmup_images=0)
-    net, curve = diffusion.train(net, digits.train, 17, recipe, 60, folder, progress=False)
+    recipe = Recipe(batch=20, warmup_images=0)
+    net, curve = diffusion_training.train(net, digits.train, 17, recipe, 60, folder, progress=False)
     return [*net.parameters(), diffusion.bound(diffusion.Denoiser(net), digits.test[:6], 17, .1, 40., 2)]
 
 
 def pipeline(solver):
-    pipe = sampling.load_pipeline(paths.weights() / "digits")
-    return [pipe(3, paths.generator("pipe"), 5, kind, solver=solver).images for kind in ("latent", "pt")]
+    pipe = pipelines.load_pipeline(paths.weights() / "digits")
+    return [pipe(3, rng.generator("pipe"), 5, kind, solver=solver).images for kind in ("latent", "pt")]
 
 
 def bank(folder):
-    pipe = sampling.load_pipeline(paths.weights() / "digits")
+    pipe = pipelines.load_pipeline(paths.weights() / "digits")
     how = dict(batch=4, shard=4, progress=False, num_inference_steps=4, solver="multistep")
     return [SampleBank(folder / "bank").fill(pipe, 5, **how)[:]]
 
@@ -105,20 +108,20 @@ def robustness():
 
 
 def mixture():
-    return training.Mixture(training.Repeat(digits.train, 0), training.Repeat(digits.test, 0), .5, 0)
+    return sources.Mixture(sources.Repeat(digits.train, 0), sources.Repeat(digits.test, 0), .5, 0)
 
 
 calls = dict(
     likelihoods=lambda folder: likelihoods(), robustness=lambda folder: robustness(), diffusion=diffusion_model, bank=bank,
-    normal=lambda folder: fitted(training.source("normal", digits, 0)),
-    augmented=lambda folder: fitted(training.source("aug_naive", digits, 0)),
+    normal=lambda folder: fitted(sources.source("normal", digits, 0)),
+    augmented=lambda folder: fitted(sources.source("aug_naive", digits, 0)),
     mixture=lambda folder: fitted(mixture()),
     elbo=lambda folder: [metrics.elbo(vae(), digits.test[:9], 17, 2), metrics.iwae(vae(), digits.test[:9], 17, 3)],
     amortization=lambda folder: [(g := metrics.amortization_gap(vae(), digits.test[:9], 17, 3, final=4)).gap, g.trace],
     generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1, 2, 4], [2, 3]), dtype=torch.float64)],
-    augment=lambda folder: [augment.policy("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), paths.generator("page"))],
-    likeness=lambda folder: [likeness.ms_ssim(unit, unit.flip(0)), *figures.nearest(unit, unit.flip(0))],
-    quality=lambda folder: [quality.two_sample(digits.train[:60], digits.test[:60], 17, 1)],
+    augment=lambda folder: [augment.policy("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), rng.generator("page"))],
+    likeness=lambda folder: [metrics.ms_ssim(unit, unit.flip(0)), *metrics.nearest(unit, unit.flip(0))],
+    quality=lambda folder: [metrics.two_sample(digits.train[:60], digits.test[:60], 17, 1)],
     heun=lambda folder: pipeline("heun"), multistep=lambda folder: pipeline("multistep"), stochastic=lambda folder: pipeline("stochastic"))
 
 

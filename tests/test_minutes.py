@@ -5,7 +5,10 @@ import subprocess
 
 import pytest
 from conftest import ROOT
-from vae_diffusion import packing, paths, plan, runs, settings
+from vae_diffusion.core import errors, stopping
+from vae_diffusion.harness import identity, packing, plan, settings, tables
+from vae_diffusion.core.errors import ProjectError
+from vae_diffusion.core.stopping import Stopped
 import warm
 
 
@@ -18,7 +21,7 @@ def make(*arguments, **variables):
 
 def content(folder):
     "The results of runs, without their seconds."
-    return {f.parent.name: runs.read_table(f).drop(columns="seconds").to_csv() for f in folder.glob("*/metrics.csv")}
+    return {f.parent.name: tables.read_table(f).drop(columns="seconds").to_csv() for f in folder.glob("*/metrics.csv")}
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "soon", "1e3", "0.0", "1 2"])
@@ -26,7 +29,7 @@ def test_minutes_that_make_no_sense(minutes, tmp_path):
     for target in "reproduce", "study", "weights":
         status, said = make(target, f"MINUTES={minutes}", VAE_DIFFUSION_RUNS=str(tmp_path))
         assert status == 2 and f"MINUTES={minutes}: give the minutes" in said and said.count("\n") == 1
-    with pytest.raises(paths.ProjectError, match="minutes (is|must be)"): settings.settings_of({"minutes": minutes if minutes != "1e3" else 1e7})
+    with pytest.raises(ProjectError, match="minutes (is|must be)"): settings.settings_of({"minutes": minutes if minutes != "1e3" else 1e7})
     assert not list(tmp_path.iterdir())
 
 
@@ -41,13 +44,13 @@ def test_a_notebook_whose_minutes_are_over(tmp_path):
     done = subprocess.run([*command, "nbs/experiments/train_vae.ipynb", "/dev/null"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"VAE_DIFFUSION_RUNS": str(tmp_path)})
     last, = done.stderr.split("Exception encountered at")[1].strip().splitlines()[1:]  # no traceback of the notebook
     assert done.returncode == 1 and re.match(r"Stopped: stopped by the end of its minutes: .* of 143,700,000 images are done", last), done.stderr
-    assert runs.Run("train_vae", settings.Settings(epochs=100_000)).name in [f.parent.name for f in tmp_path.glob("*/*/config.json")]
+    assert identity.Run("train_vae", settings.Settings(epochs=100_000)).name in [f.parent.name for f in tmp_path.glob("*/*/config.json")]
     assert "minutes" not in next(tmp_path.glob("*/*/config.json")).read_text()
 
 
 SETTINGS = settings.Settings(weights="trained", epochs=20, evaluate_at=(5,), gaps_at=(5,), n_test=60, dm_images=1500, dm_judged=5, dm_snapshots=2, steps=3, ks=(2,), star_images=5, star_steps=5, gate_epochs=1)
 DMAAPX = settings.Settings(**vars(SETTINGS) | {"method": "dmaapx"})
-STAGES = [*plan.jobs([runs.Run("train_vae", DMAAPX), runs.Run("measure_gaps", SETTINGS), runs.Run("measure_diffusion", SETTINGS)])]
+STAGES = [*plan.jobs([identity.Run("train_vae", DMAAPX), identity.Run("measure_gaps", SETTINGS), identity.Run("measure_diffusion", SETTINGS)])]
 
 
 def execute(run, folder, looks=None):
@@ -55,7 +58,7 @@ def execute(run, folder, looks=None):
     left = [0.] + [float("inf")] * (looks or 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAE_DIFFUSION_RUNS", str(folder))
-        if looks: patch.setattr(paths, "until", lambda: left.pop() if len(left) > 1 else left[0])
+        if looks: patch.setattr(stopping, "until", lambda: left.pop() if len(left) > 1 else left[0])
         warm.execute(run, folder / "log")
 
 
@@ -87,7 +90,7 @@ def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_re
     for run in STAGES:
         for stops in range(9):
             try: execute(run, here, LOOKS[run.stage] + 5 * stops)
-            except paths.Stopped as e: said = str(e)
+            except Stopped as e: said = str(e)
             else: break
             assert said.endswith("the same command goes on from here") and (here / "log").read_text().strip() == said
             if run.stage == "sample_bank": continue  # whose work is not packed
@@ -107,4 +110,4 @@ def test_a_plan_is_printed_before_anything_runs(tmp_path):
     assert [*rows][2:] == ["sample_bank", "train_vae normal", "train_vae dmaapx", "measure_gaps normal", "measure_gaps dmaapx"], said
     assert rows["train_vae dmaapx"][:2] == ["2", "0"] and re.search(r"minutes of computing, [0-9.]+ minutes with CORES=3", said), said
     for wish, answer in (("svhn",), "no parameters for svhn"), (("digits", "cpu", "none"), "there is no study none"):
-        with pytest.raises(SystemExit, match=answer): paths.plainly(plan.main, *wish)
+        with pytest.raises(SystemExit, match=answer): errors.plainly(plan.main, *wish)

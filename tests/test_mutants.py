@@ -10,7 +10,7 @@ from mutants import MUTANTS, page, put
 @pytest.mark.parametrize("mutant", MUTANTS, ids=[f"{Path(m['file']).stem}: {m['fault']}" for m in MUTANTS])
 def test_fault_can_be_put_in(mutant, tmp_path):
     for f in mutant["file"], page(mutant["file"]):
-        (tmp_path / f).parent.mkdir(exist_ok=True)
+        (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, tmp_path / f)
     put(mutant, tmp_path)
     for f in mutant["file"], page(mutant["file"]): assert (tmp_path / f).read_bytes() != (ROOT / f).read_bytes()

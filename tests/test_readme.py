@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, forked
-from vae_diffusion import settings
+from vae_diffusion.harness import settings
 
 README = (ROOT / "README.md").read_text()
 

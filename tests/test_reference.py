@@ -16,7 +16,11 @@ import torch
 from conftest import ROOT
 from test_readme import block, section, table
 from torch import nn
-from vae_diffusion import banks, data, diffusion, figures, models, paths, results, runs, sampling, settings, training
+from vae_diffusion import banks, data, diffusion, diffusion_training, levels, metrics, pipelines, sources, training
+from vae_diffusion.core import files, paths, rng
+from vae_diffusion.harness import builders, identity, measurements, results, runs, settings, tables
+from vae_diffusion.core.precision import products
+from vae_diffusion.recipe import Recipe
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,14 +52,14 @@ def plain_diffusion_training(net, images, levels, r, steps):
     averaged, params, losses = deepcopy(net).eval(), list(net.train().parameters()), []
     m, v = [0.] * len(params), [0.] * len(params)
     epochs = steps * r.batch // len(images) + 1
-    draw = lambda e: torch.randperm(len(images), generator=paths.generator("order", r.seed, e))
+    draw = lambda e: torch.randperm(len(images), generator=rng.generator("order", r.seed, e))
     order = torch.cat([draw(e) for e in range(epochs)])
     for t in range(1, steps + 1):
         x = images[order[(t - 1) * r.batch:t * r.batch]] / (levels - 1) * 2 - 1
-        g, seen = paths.generator("diffusion", r.seed, t - 1), t * r.batch
+        g, seen = rng.generator("diffusion", r.seed, t - 1), t * r.batch
         sigma = torch.exp(r.p_mean + r.p_std * torch.randn(r.batch, generator=g))
         noise = torch.randn(x.shape, generator=g)
-        torch.manual_seed(paths.seed_of("dropout", r.seed, t - 1))
+        torch.manual_seed(rng.seed_of("dropout", r.seed, t - 1))
         error = preconditioned(net, x + sigma.reshape(-1, 1, 1, 1) * noise, sigma, r.sigma_data) - x
         weight = (sigma**2 + r.sigma_data**2) / (sigma * r.sigma_data)**2
         loss = (weight * (error**2).flatten(1).mean(1)).mean()
@@ -71,17 +75,17 @@ def plain_diffusion_training(net, images, levels, r, steps):
 
 
 def test_diffusion_training(digits, tmp_path):
-    recipe = diffusion.Recipe(batch=32, lr=2e-3, warmup_images=600, decay_images=1000, ema_halflife_images=50,
+    recipe = Recipe(batch=32, lr=2e-3, warmup_images=600, decay_images=1000, ema_halflife_images=50,
                               p_mean=-.8, p_std=1.1, sigma_data=.75, seed=3)
     torch.manual_seed(0)
     net = diffusion.unet(8, 1, (8, 16), dropout=.2)
     beside, images = deepcopy(net), digits.train[:500]
-    found, curve = diffusion.train(net, images, 17, recipe, 50 * 32, tmp_path, log_images=320, progress=False)
+    found, curve = diffusion_training.train(net, images, 17, recipe, 50 * 32, tmp_path, log_images=320, progress=False)
     averaged, losses = plain_diffusion_training(beside, images, 17, recipe, 50)
     means = torch.tensor(losses).reshape(5, 10).mean(1)
     torch.testing.assert_close(torch.tensor([p["loss"] for p in curve]), means, rtol=1e-4, atol=0)
     assert not found.training and [p["images"] for p in curve] == [320, 640, 960, 1280, 1600]
-    x, c = torch.randn(100, 1, 8, 8, generator=paths.generator("inputs")), torch.linspace(-1, 1, 100)
+    x, c = torch.randn(100, 1, 8, 8, generator=rng.generator("inputs")), torch.linspace(-1, 1, 100)
     with torch.no_grad():
         assert not torch.equal(net(x, c).sample, net(x, c).sample)  # dropout
         ours, plain, last, plain_last = (n(x, c).sample for n in (found, averaged, net.eval(), beside.eval()))
@@ -117,10 +121,10 @@ def dpm(model, d, x, levels, noise=None):
 
 @pytest.mark.parametrize("solver, steps", [("heun", 6), ("multistep", 8), ("stochastic", 8)])
 def test_bank_of_each_solver(digits, tmp_path, solver, steps):
-    pipe, d = sampling.load_pipeline(paths.weights() / "digits"), .75
+    pipe, d = pipelines.load_pipeline(paths.weights() / "digits"), .75
     bank = banks.SampleBank(tmp_path)
     bank.fill(pipe, 24, seed=5, batch=8, shard=16, progress=False, num_inference_steps=steps, solver=solver)
-    g = [paths.nth_generator(i, "bank", 5) for i in range(24)]
+    g = [rng.nth_generator(i, "bank", 5) for i in range(24)]
     levels = torch.cat([40 * (.03 / 40)**(torch.arange(steps).double() / (steps - 1)), torch.zeros(1)])
     draw = lambda kind: torch.stack([torch.randn(1, 8, 8, generator=one, dtype=kind) for one in g]).double()
     with torch.no_grad():
@@ -135,7 +139,7 @@ def test_bank_of_each_solver(digits, tmp_path, solver, steps):
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     "The images that the published bank of digits begins with: all that k = 1 takes."
-    s, pipe = settings.params("digits"), sampling.load_pipeline(paths.weights() / "digits")
+    s, pipe = settings.params("digits"), pipelines.load_pipeline(paths.weights() / "digits")
     bank = banks.SampleBank(tmp_path_factory.mktemp("bank"))
     how = dict(num_inference_steps=s.steps, solver=s.solver, precision="float32")
     return bank.fill(pipe, 1437, s.bank_seed, s.bank_noise, progress=False, **how)
@@ -143,7 +147,7 @@ def bank(tmp_path_factory):
 
 def rounding():
     "A digest of what PyTorch's arithmetic makes of some steps of training, a convolution and a resampled image."
-    draw = lambda *shape: torch.rand(shape, generator=paths.generator("rounding", *shape))
+    draw = lambda *shape: torch.rand(shape, generator=rng.generator("rounding", *shape))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 8), nn.Softplus(), nn.Linear(8, 256),
@@ -151,13 +155,13 @@ def rounding():
         conv = nn.Conv2d(32, 32, 3, padding=1)
     adam, cost = torch.optim.Adam(net.parameters(), 3e-3, fused=True), nn.functional.binary_cross_entropy_with_logits
     for precision in "medium", "medium", "highest":
-        with models.products(precision): cost(net(draw(128, 64)), draw(128, 64)).backward()
+        with products(precision): cost(net(draw(128, 64)), draw(128, 64)).backward()
         adam.step()
     images, turned = draw(256, 32, 8, 8), draw(256, 2, 3)
     grid = nn.functional.affine_grid(turned, images.shape, align_corners=True)
     made = [net(draw(1000, 64)), conv(images), nn.functional.group_norm(images, 8)]
     made += [nn.functional.grid_sample(images, grid, align_corners=True), *net.parameters()]
-    return paths.digest(b"".join(t.detach().numpy().tobytes() for t in made))
+    return files.digest(b"".join(t.detach().numpy().tobytes() for t in made))
 
 
 @pytest.fixture(scope="module")
@@ -182,9 +186,9 @@ def beside(found, known, on):
 
 def test_published_bank(bank, digits, same):
     "The mean distance of its first thousand images, and of test images, to the training images."
-    near = lambda x: figures.nearest(data.to_unit(x, 17), data.to_unit(digits.train, 17))[0]
+    near = lambda x: metrics.nearest(levels.to_unit(x, 17), levels.to_unit(digits.train, 17))[0]
     for metric, images in ("nearest_train_sample", bank[:1000]), ("nearest_train_test", digits.test):
-        row, known = runs.row(metric, near(images)), published(metric=metric).iloc[0]
+        row, known = tables.row(metric, near(images)), published(metric=metric).iloc[0]
         assert [row["value"], row["stderr"]] == pytest.approx([known.value, known.stderr], rel=1e-5 if same else 1e-3)
 
 
@@ -192,11 +196,11 @@ def test_published_bank(bank, digits, same):
 def test_published_training(method, seed, same, bank):
     "Twenty epochs of each method."
     s = replace(settings.params("digits"), method=method, seed=seed, k=1)
-    images, known = runs.dataset_of(s), published(method=method, seed=seed)
+    images, known = builders.dataset_of(s), published(method=method, seed=seed)
     fit = training.fit(
-        runs.vae_of(s, images), training.source(method, images, seed, bank, 1), len(images.train), images.levels, 20,
-        s.batch, s.lr, seed, lambda vae: runs.evaluate(vae, images, s.elbo_samples), s.evaluate_at, progress=False)
-    found = pd.DataFrame(runs.curve_rows(fit.curve, fit.best_epoch, images)).query("metric != 'elbo_test_best'")
+        builders.vae_of(s, images), sources.source(method, images, seed, bank, 1), len(images.train), images.levels, 20,
+        s.batch, s.lr, seed, lambda vae: measurements.evaluate(vae, images, s.elbo_samples), s.evaluate_at, progress=False)
+    found = pd.DataFrame(measurements.curve_rows(fit.curve, fit.best_epoch, images)).query("metric != 'elbo_test_best'")
     both = beside(found, known if method != "dmaapx" else known[known.k == 1], ["metric", "epoch", "n"])
     apart, errors = (both.value - both.value_published).abs(), (both.stderr / both.stderr_published - 1).abs()
     assert apart[both.epoch <= 2].max() < (.001 if same else .15)
@@ -218,7 +222,7 @@ def test_published_run(same, tmp_path, monkeypatch):
         assert [found[c] for c in ("epoch", "n", "unit")] == [row[c] for c in ("epoch", "n", "unit")]
         assert float(found["value"]) == pytest.approx(float(row["value"]), abs=float(row["stderr"]))
     for stage in "train_vae", "measure_gaps":
-        run = runs.Run(stage, replace(settings.params("digits"), method="dmaapx", seed=1))
+        run = identity.Run(stage, replace(settings.params("digits"), method="dmaapx", seed=1))
         found, known = runs.read(run), published(config=run.digest)
         assert len(found) == len(known)
         if not same: found = found[found.metric != "elbo_test_best"]  # it may be another epoch

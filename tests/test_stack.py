@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 import torch
 from conftest import snakemake
-from vae_diffusion import data, metrics, models, paths, results, runs, settings, training
+from vae_diffusion import data, metrics, models, sources, training, training_step
+from vae_diffusion.core import files
+from vae_diffusion.harness import builders, identity, results, runs, settings, stacks
+from vae_diffusion.core.errors import ProjectError
 from vae_diffusion.likelihoods import family
-from vae_diffusion.paths import ProjectError
 import warm
 
 MEMBERS = {"a": ("normal", 0), "b": ("normal", 1), "c": ("aug_naive", 0), "d": ("dmaapx", 2)}
@@ -21,7 +23,7 @@ DIGITS = data.load("digits")
 HOW = dict(N=1437, levels=17, epochs=5, at=(1,), progress=False)
 
 
-class Dies(training.Repeat):
+class Dies(sources.Repeat):
     "A source that fails when it is asked for an image that comes late."
     last = 64 * 100
     def batch(self, start, n):
@@ -37,7 +39,7 @@ def member(name, folder=None, normalisation="none", bf16=False, dies=False, hidd
     torch.manual_seed(seed)
     vae = models.fully_connected(DIGITS.shape, family("binomial", levels=17), hidden, 4, normalisation=normalisation)
     vae.autocast = torch.bfloat16 if bf16 else None
-    source = Dies(DIGITS.train, seed) if dies else training.source(method, DIGITS, seed, DIGITS.train.flip(0))
+    source = Dies(DIGITS.train, seed) if dies else sources.source(method, DIGITS, seed, DIGITS.train.flip(0))
     return training.Member(vae, source, seed, score, folder and folder / name, name)
 
 
@@ -100,13 +102,13 @@ def test_a_compiled_stack(monkeypatch):
         other, known = alone(name, how=how | {"compile": False}, hidden=())
         assert fit.curve[0]["loss"] == pytest.approx(known.curve[0]["loss"], abs=.01)
         torch.testing.assert_close(vae.state_dict(), other.state_dict(), rtol=0, atol=1e-3)
-    assert compiled == [training.whole_step]
+    assert compiled == [training_step.whole_step]
 
 
 def test_stopped_in_a_stack_and_finished_alone(wanted, tmp_path):
     members = [member("a", tmp_path), member("b", tmp_path, dies=True), member("c", tmp_path)]
     with pytest.raises(KeyboardInterrupt): training.fit_stack(members, **HOW, every=0)
-    steps = [paths.load_tensors(tmp_path / name / "checkpoint.safetensors")[1]["step"] for name in "abc"]
+    steps = [files.load_tensors(tmp_path / name / "checkpoint.safetensors")[1]["step"] for name in "abc"]
     assert len({*steps}) == 1 and 0 < steps[0] < 72
     for name in "abc": same(alone(name, tmp_path), wanted[name])
 
@@ -115,7 +117,7 @@ def test_stopped_alone_and_finished_in_a_stack(wanted, tmp_path):
     "One has done some steps, one all, two none: they meet, and the finished one is left as it is."
     with pytest.raises(KeyboardInterrupt): training.fit_stack([member("b", tmp_path, dies=True)], **HOW, every=0)
     first = alone("a", tmp_path)
-    calls, make = [], training.stepper
+    calls, make = [], training_step.stepper
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "stepper", lambda group, *how: calls.append("".join(m.run for m in group)) or make(group, *how))
         found = stack("abcd", tmp_path)
@@ -150,8 +152,8 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
             assert [*grid[0].folder.parent.glob("logs/stack-*.log")]
         else:
             shutil.copytree(tmp_path / "stack", tmp_path / way, ignore=shutil.ignore_patterns("train_vae-*"))
-            images = runs.dataset_of(grid[0].settings)
-            for r in grid: runs.train([runs.open_run("train_vae", r.settings)], images, runs.sources([r.settings], images))
+            images = builders.dataset_of(grid[0].settings)
+            for r in grid: stacks.train([runs.open_run("train_vae", r.settings)], images, stacks.sources([r.settings], images))
         tables.append(pd.concat([runs.read(r).drop(columns="seconds") for r in grid], ignore_index=True))
     assert set(tables[0].config) == {r.digest for r in grid}
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
@@ -159,14 +161,14 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
 
 def test_a_stack_that_is_stopped_is_not_gone_on_with(smoke, tmp_path, monkeypatch):
     def stopped(*stack): raise KeyboardInterrupt("stopped by SIGINT")
-    monkeypatch.setattr(runs, "train_stack", stopped)
-    stack = [runs.Run("train_vae", settings.Settings(seed=i)) for i in (0, 1)]
+    monkeypatch.setattr(stacks, "train_stack", stopped)
+    stack = [identity.Run("train_vae", settings.Settings(seed=i)) for i in (0, 1)]
     with pytest.raises(ProjectError, match="a stack of 2 runs was stopped: KeyboardInterrupt: stopped by SIGINT"): warm.train(stack, tmp_path / "log")
 
 
 def test_a_stack_that_fails_or_is_started_twice(smoke, tmp_path, capfd):
-    grid = [runs.Run("train_vae", settings.Settings(seed=i, epochs=20)) for i in (0, 1)]
-    [stack], logs = runs.stacks(grid), [tmp_path / "1.log", tmp_path / "2.log"]
+    grid = [identity.Run("train_vae", settings.Settings(seed=i, epochs=20)) for i in (0, 1)]
+    [stack], logs = stacks.stacks(grid), [tmp_path / "1.log", tmp_path / "2.log"]
     grid[1].folder.mkdir(parents=True)
     (grid[1].folder / "config.json").write_text("{}")
     assert not warm.train(stack, logs[0]) and "each goes on alone: " in capfd.readouterr().err and "delete the folder" in logs[0].read_text()

@@ -17,7 +17,11 @@ import sklearn.model_selection
 import torch
 from execnb.shell import CaptureShell
 from papermill.engines import Engine, papermill_engines
-from vae_diffusion import figures, paths, runs  # imported here like scikit-learn, so that every run has them
+from vae_diffusion.core import paths, stopping
+from vae_diffusion.harness import execution, figures, runs, stacks, style
+from vae_diffusion.metrics import sample_quality
+from vae_diffusion.core.errors import ProjectError
+from vae_diffusion.core.stopping import Stopped  # imported here like scikit-learn, so that every run has them
 
 
 class InProcess(Engine):
@@ -54,11 +58,11 @@ def begin(log):
 
 
 def notebook(run, log):
-    "Executes the notebook of a `runs.Run` in this process; its output goes to `log`."
+    "Executes the notebook of a `identity.Run` in this process; its output goes to `log`."
     begin(log)
     run.folder.mkdir(parents=True, exist_ok=True)
     source = paths.root() / "nbs" / "experiments" / f"{run.stage}.ipynb"
-    papermill.execute_notebook(source, run.folder / "notebook.ipynb", runs.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(source, run.folder / "notebook.ipynb", execution.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
 
 
 def apart(work):
@@ -87,22 +91,22 @@ def gpu():
 
 
 def train(stack, log):
-    "Trains a stack of runs in a process of its own. Returns whether it did not fail; if it did, each run can still go on alone. Raises `ProjectError` if it was stopped, `paths.Stopped` if its time is over."
+    "Trains a stack of runs in a process of its own. Returns whether it did not fail; if it did, each run can still go on alone. Raises `ProjectError` if it was stopped, `stopping.Stopped` if its time is over."
     def work():
         begin(log)
-        runs.train_stack(*stack)
+        stacks.train_stack(*stack)
     if all(run.done for run in stack): return True
-    paths.in_time()
+    stopping.in_time()
     code = apart(work)
-    if code == STOPPED: raise paths.Stopped(end(Path(log)))
-    if code not in (0, 1): raise paths.ProjectError(f"a stack of {len(stack)} runs was stopped: {end(Path(log))} ... see {log}")
+    if code == STOPPED: raise Stopped(end(Path(log)))
+    if code not in (0, 1): raise ProjectError(f"a stack of {len(stack)} runs was stopped: {end(Path(log))} ... see {log}")
     if code: print(f"A stack of {len(stack)} runs failed, and each goes on alone: {end(Path(log))} ... see {log}", file=sys.stderr)
     return not code
 
 
 def execute(run, log):
-    "Executes the notebook of a `runs.Run` in a process of its own. Raises `ProjectError` if it fails, `paths.Stopped` if its time is over."
-    paths.in_time()
+    "Executes the notebook of a `identity.Run` in a process of its own. Raises `ProjectError` if it fails, `stopping.Stopped` if its time is over."
+    stopping.in_time()
     code = apart(lambda: notebook(run, log))
-    if code == STOPPED: raise paths.Stopped(end(Path(log)))
-    if code: raise paths.ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
+    if code == STOPPED: raise Stopped(end(Path(log)))
+    if code: raise ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
