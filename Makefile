@@ -35,7 +35,7 @@ only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test torture mutants lab figures study bench oldest weights publish-weights plan pack unpack readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html; with MINUTES=12 it stops in time, as figures, study and weights do
@@ -44,9 +44,9 @@ reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and run
 test: $(BIN)/ready  ## everything that CI checks
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
-torture: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
+stress: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
 	@mkdir -p build && rm -f build/reliability.csv
-	TORTURE=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py tests/test_3_experiments.py::test_{workflow_is_interrupted_fails_in_part_resumes_and_reports,every_study_can_be_run}
+	STRESS=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py tests/test_3_experiments.py::test_{workflow_is_interrupted_fails_in_part_resumes_and_reports,every_study_can_be_run}
 	mv build/reliability.csv data/reliability.csv
 
 mutants: $(BIN)/ready  ## every fault of tests/mutants.toml, put in and noticed by a test: data/mutants.csv; with FAULT="augment flip" some of them
@@ -62,7 +62,7 @@ study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=
 	@$(SNAKEMAKE) study=$(STUDY) -- study
 
 bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: what data/results/bench-MACHINE.csv lacks; all takes about 30 minutes
-	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion.benchmark import command; command.main()"
+	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion.benchmark import command; command.run_benchmark()"
 
 build/bench/ready: $(BIN)/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
@@ -85,16 +85,16 @@ weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for pa
 	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
 publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
-	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; builders.publish_weights(settings.params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
+	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; builders.publish_weights(settings.load_params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
 
 plan: $(BIN)/ready  ## the runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes
-	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import plan; errors.plainly(plan.main, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import plan; errors.exit_on_error(plan.print_plan, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
 
 pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, in pieces of SIZE=16 MiB at most; TO=folder writes it there
-	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.plainly(packing.pack, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
+	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.pack_runs, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
 
 unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
-	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.plainly(packing.unpack, *sys.argv[1:])" "$(FROM)"
+	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.unpack_runs, *sys.argv[1:])" "$(FROM)"
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)

@@ -76,9 +76,9 @@ def forked(stage, out, parameters=None):
     Returns the process. What it says is beside its page `out`, which ends in .ipynb, in a file that ends in .log.
     """
     import papermill
-    import warm
+    import forks
     def work():
-        warm.begin(out.with_suffix(".log"))
+        forks.begin(out.with_suffix(".log"))
         page = ROOT / f"nbs/experiments/{stage}.ipynb"
         how = dict(engine_name="in_process", kernel_name="python3", progress_bar=False)
         papermill.execute_notebook(page, out, parameters, **how)
@@ -136,16 +136,16 @@ def cut():
 
 @pytest.fixture
 def tries():
-    "How often a fault is tried: `tries(sample, full)`, the full number in `make torture`."
-    return lambda sample, full: full if "TORTURE" in os.environ else sample
+    "How often a fault is tried: `tries(sample, full)`, the full number in `make stress`."
+    return lambda sample, full: full if "STRESS" in os.environ else sample
 
 
 @pytest.fixture
 def record():
-    "Adds a line to the record that `make torture` keeps: what was tried, how often, and what came of it."
+    "Adds a line to the record that `make stress` keeps: what was tried, how often, and what came of it."
     def add(fault, tried, outcome):
-        if "TORTURE" not in os.environ: return
-        file = Path(os.environ["TORTURE"])
+        if "STRESS" not in os.environ: return
+        file = Path(os.environ["STRESS"])
         rows = ([] if file.exists() else [["fault", "tried", "outcome"]]) + [[fault, tried, outcome]]
         with open(file, "a") as f: csv.writer(f, lineterminator="\n").writerows(rows)
     return add

@@ -28,7 +28,7 @@ from diffusers.utils import logging as diffusers_logging
 from execnb.shell import CaptureShell
 from vae_diffusion.benchmark import command, diffusion_cases, metric_cases, report, suite, timing, vae_cases
 from vae_diffusion.harness import measurements, quality_figures, runs, solver_study, studies
-from vae_diffusion.metrics import sample_quality  # and with them every other module
+from vae_diffusion.metrics import sample_quality
 
 WATCHED = [Path(__file__).resolve().parent.parent]
 FIXED = types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type  # only a patch gives another to a name

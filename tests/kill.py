@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow"))
-import warm
+import forks
 from vae_diffusion import banks, diffusion_training, training
 from vae_diffusion.core import files, paths
 from vae_diffusion.harness import figures, identity, results, style, tables
@@ -49,9 +49,9 @@ def checkpoint_often():
 
 def publish(folder):
     "What the workflow does with the results of a grid that is done."
-    paths.published, paths.figures = lambda: folder / "published", lambda: folder / "published"
-    table = results.publish(results.collect(SETTINGS)[0], SETTINGS)
-    for name, drawn in figures.from_results(table, SETTINGS).items(): style.save(drawn, paths.figures(), name)
+    paths.results, paths.figures = lambda: folder / "published", lambda: folder / "published"
+    table = results.publish_results(results.collect_results(SETTINGS)[0], SETTINGS)
+    for name, drawn in figures.figures_from_results(table, SETTINGS).items(): style.save_figure(drawn, paths.figures(), name)
 
 
 def start(stage, folder):
@@ -63,7 +63,7 @@ def start(stage, folder):
         os.environ["VAE_DIFFUSION_RUNS"] = str(folder)
         for number in signal.SIGINT, signal.SIGTERM: signal.signal(number, signal.SIG_DFL)  # this process may have been started with them ignored
         if stage == "publish": publish(folder)
-        else: warm.notebook(identity.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
+        else: forks.notebook(identity.Run(stage, SETTINGS), folder / f"{stage}-{os.getpid()}.log")
         failed = 0
     finally: os._exit(failed)
 
@@ -89,7 +89,7 @@ def content(folder):
     for f in sorted(folder.rglob("*")):
         name = f.relative_to(folder).as_posix()
         if f.name in ("metrics.csv", "digits-cpu.csv", "digits-smoke.csv"): found[name] = tables.read_table(f).drop(columns="seconds").to_csv()
-        elif f.name == "manifest.json": found[name] = json.loads(files.checked(f)) | {"seconds": None}
+        elif f.name == "manifest.json": found[name] = json.loads(files.read_verified(f)) | {"seconds": None}
         elif f.suffix in (".safetensors", ".npy", ".svg", ".png") and "checkpoint" not in name: found[name] = files.file_digest(f)
     return found
 

@@ -71,21 +71,21 @@ def test_clean_and_export_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_parameters_cell_agrees_with_settings(page):
-    from vae_diffusion.harness.settings import Settings, settings_of
+    from vae_diffusion.harness.settings import Settings, collect_settings
     tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
     lines = "".join(tagged[0]["source"]).splitlines()
     assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), f"{page}: one plain parameter a line, with a comment"
     exec("".join(tagged[0]["source"]), names := {})
     del names["__builtins__"]
-    assert settings_of(names) == Settings(), f"{page}: defaults differ from Settings"
+    assert collect_settings(names) == Settings(), f"{page}: defaults differ from Settings"
 
 
 @pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
 def test_params_are_settings(file):
-    from vae_diffusion.harness.settings import params
+    from vae_diffusion.harness.settings import load_params
     names = yaml.safe_load((ROOT / file).read_text())
-    assert params(names["dataset"], names["scale"])
+    assert load_params(names["dataset"], names["scale"])
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
 
 
@@ -131,8 +131,8 @@ def test_readme_is_made_from_index(tmp_path):
 def test_code_beside_published_weights_is_the_librarys(file):
     from vae_diffusion import pipelines
     from vae_diffusion.core import files
-    assert (ROOT / file).read_text() == pipelines.pipeline_code(), f"{file} is not what `pipelines.save` writes now"
-    files.check_all((ROOT / file).parent)
+    assert (ROOT / file).read_text() == pipelines.pipeline_code(), f"{file} is not what `pipelines.save_pipeline` writes now"
+    files.verify_folder((ROOT / file).parent)
 
 
 def test_studies_page_shows_every_study():
@@ -145,11 +145,11 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     from vae_diffusion.benchmark import report
     from vae_diffusion.harness import figures, settings, studies, style
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    if name.startswith("bench-"): drawn = report.drawn(table)
-    elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.figure(table, name)
-    else: drawn = figures.from_results(table, settings.params(*name.rsplit("-", 1)))
+    if name.startswith("bench-"): drawn = report.benchmark_figures(table)
+    elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.study_figures(table, name)
+    else: drawn = figures.figures_from_results(table, settings.load_params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
-        style.save(fig, tmp_path, figure)
+        style.save_figure(fig, tmp_path, figure)
         plt.close(fig)
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
 
@@ -158,14 +158,14 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
 def test_published_results_belong_to_the_parameters(csv):
     from vae_diffusion.harness import results, settings, studies
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    grid = [r for _, r in studies.study(name).runs()] if "variant" in table else results.grid(settings.params(*name.rsplit("-", 1)))
+    grid = [r for _, r in studies.load_study(name).runs()] if "variant" in table else results.grid(settings.load_params(*name.rsplit("-", 1)))
     stale = set(table.config) - {r.digest for r in grid}
     assert not stale, f"{csv} holds runs of other parameters than {name} has now: {stale}"
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
     from vae_diffusion.harness import figures, studies, style
-    style.save(figures.forest(studies.complete(), figures.OVERVIEW), tmp_path, "overview")
+    style.save_figure(figures.forest_plot(studies.complete_comparisons(), figures.OVERVIEW), tmp_path, "overview")
     assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
 
 

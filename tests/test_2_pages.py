@@ -53,7 +53,7 @@ LEAKS = {  # what a page may do -> what is then said to have changed
     "from vae_diffusion import data; del data.sources['cifar10']": "names: .*'sources'",
     "from vae_diffusion.banks import SampleBank; SampleBank.fill = None": "names: .*'SampleBank', 'fill'",
     "import logging; logging.disable()": "logging: all",
-    "from vae_diffusion.harness import runs; runs.keep_memory()": "memory: True before, False after"}
+    "from vae_diffusion.harness import runs; runs.retain_freed_memory()": "memory: True before, False after"}
 
 
 def test_a_page_that_changes_the_process_is_seen(tmp_path):

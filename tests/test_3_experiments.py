@@ -8,7 +8,7 @@ import time
 import pandas as pd
 import pytest
 from conftest import ROOT, forked, made, run, snakemake
-import warm
+import forks
 
 PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
 
@@ -16,7 +16,7 @@ PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "pyt
 def execute(folder, *stages, **parameters):
     "Runs stages one after the other as the workflow does."
     from vae_diffusion.harness import identity, settings
-    for stage in stages: warm.execute(identity.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
+    for stage in stages: forks.execute(identity.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
@@ -32,17 +32,17 @@ def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke,
     from vae_diffusion.core import paths
     from vae_diffusion.harness import studies
     execute(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
-    shutil.copytree(paths.published(), tmp_path / "results")
-    for place, folder in {"published": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
-    studies.publish(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
+    shutil.copytree(paths.results(), tmp_path / "results")
+    for place, folder in {"results": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
+    studies.publish_study(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
     assert pipelines.load_pipeline(tmp_path / "weights/digits-toy").shape == (1, 8, 8)
-    assert set(studies.published("digits-toy").method) == {"train_diffusion", "sample_bank"} and not (tmp_path / "weights/digits").exists()
+    assert set(studies.load_published_study("digits-toy").method) == {"train_diffusion", "sample_bank"} and not (tmp_path / "weights/digits").exists()
 
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
     from vae_diffusion.harness import identity, settings
     execute(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
-    warm.execute(identity.Run("train_vae", identity.reference(settings.Settings())), tmp_path / "reference.log")
+    forks.execute(identity.Run("train_vae", identity.reference_settings(settings.Settings())), tmp_path / "reference.log")
     execute(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
     assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
@@ -50,9 +50,9 @@ def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
 
 
 def test_every_study_can_be_run(smoke, tries):
-    "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make torture` all."
+    "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make stress` all."
     from vae_diffusion.harness import studies
-    found = [studies.study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]
+    found = [studies.load_study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]
     for study in found: assert study.name.startswith(study.dataset + "-") and study.runs()
     planned = tries({study.stages: study for study in found}.values(), found)
     for study in planned:
@@ -75,7 +75,7 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
     caught = times()
 
     wish = lambda r: (r.stage, r.settings.method, r.settings.k)
-    bad = next(r for r in results.grid(settings.params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1))
+    bad = next(r for r in results.grid(settings.load_params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1))
     assert not bad.done, "it was interrupted too late"
     bad.folder.mkdir(parents=True, exist_ok=True)
     (bad.folder / "config.json").write_text("{}")

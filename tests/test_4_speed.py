@@ -33,7 +33,7 @@ def test_compiled_training_gives_the_plain_numbers(bf16, build):
         torch.manual_seed(0)
         vae = build(digits.shape)
         vae.autocast = torch.bfloat16 if fast and bf16 else None
-        curve = training.fit(vae, sources.source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
+        curve = training.fit(vae, sources.training_source("normal", digits, 0), 1437, 17, 5, compile=fast, progress=False).curve
         losses.append(curve[-1]["loss"])
         elbos.append(metrics.elbo(vae, digits.test, 17, samples=4).mean().item())
     assert abs(losses[0] - losses[1]) < 0.1 and abs(elbos[0] - elbos[1]) < 0.1, "nats"
@@ -55,7 +55,7 @@ def diffusion_losses(build, compiled, device="cpu", steps=6):
     torch.manual_seed(0)
     net = build().to(device)
     recipe = Recipe(batch=32, lr=2e-3, muon_lr=0.01, warmup_images=100, ema_halflife_images=1000)
-    state, losses = diffusion_training.State(net, recipe, compiled), []
+    state, losses = diffusion_training.TrainingState(net, recipe, compiled), []
     for x in digits.train[:32*steps].split(32):
         state.step(2*levels.to_unit(x.to(device), 17) - 1)
         losses.append(state.mean_loss())
@@ -103,10 +103,10 @@ def samplers(net, batch, device="cpu"):
     def sampler(kind):
         pipe = kind(net, sampling.EDMDPMSolverMultistepScheduler(sigma_data=0.75, sigma_max=40., sigma_min=0.03), 17).to(device)
         pipe.set_progress_bar_config(disable=True)
-        if kind is pipelines.Compiled: pipe.batch = batch
-        return pipe, lambda rows, solver, precision="float32": pipe(len(rows), banks.generators(rows), 5, "latent", solver=solver, precision=precision).images
+        if kind is pipelines.CompiledPipeline: pipe.batch = batch
+        return pipe, lambda rows, solver, precision="float32": pipe(len(rows), banks.image_generators(rows), 5, "latent", solver=solver, precision=precision).images
     torch.manual_seed(0)
-    return sampler(sampling.EDMPipeline), sampler(pipelines.Compiled)
+    return sampler(sampling.EDMPipeline), sampler(pipelines.CompiledPipeline)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
@@ -158,7 +158,7 @@ def test_sampling_asks_nothing_of_the_host_between_steps(solver, monkeypatch):
         plain(self, steps)
         self.timesteps = self.timesteps.to(device)
     monkeypatch.setattr(sampling.EDMDPMSolverMultistepScheduler, "set_timesteps", on_device)
-    pipe.make(sampling.stochastic(scheduler) if solver == "stochastic" else scheduler, solver, 4, torch.device("meta"), None)
+    pipe.make(sampling.stochastic_scheduler(scheduler) if solver == "stochastic" else scheduler, solver, 4, torch.device("meta"), None)
     with torch.no_grad(), Device(): pipe.run(torch.zeros(2, 5, 1, 8, 8, dtype=torch.float64, device="meta"))
 
 
@@ -166,73 +166,73 @@ def test_search_and_attack_bear_fast_products():
     digits = data.load("digits")
     torch.manual_seed(0)
     vae = models.fully_connected(digits.shape, family("binomial", levels=17), (64, 64), 4)
-    training.fit(vae, sources.source("normal", digits, 0), 1437, 17, 20, lr=3e-3, progress=False)
-    x, plain = levels.to_unit(digits.test[:20], 17), precision.products
+    training.fit(vae, sources.training_source("normal", digits, 0), 1437, 17, 20, lr=3e-3, progress=False)
+    x, plain = levels.to_unit(digits.test[:20], 17), precision.matmul_precision
     users = sys.modules["vae_diffusion.metrics.amortization"], sys.modules["vae_diffusion.metrics.robustness"]
     found = []
     for products in plain, lambda precision: plain("highest"):
-        for module in users: module.products = products
+        for module in users: module.matmul_precision = products
         found.append((metrics.amortization_gap(vae, digits.test[:50], 17).elbo_star.mean().item(), metrics.attack(vae, x).kl.mean().item()))
-    for module in users: module.products = plain
+    for module in users: module.matmul_precision = plain
     assert abs(found[0][0] - found[1][0]) < 0.1 and found[0][1] == pytest.approx(found[1][1], rel=0.05)
 
 
 def test_memory_does_not_grow_with_k():
     "In processes of their own, with mapped files left out, as the benchmark measures it."
-    code = "import json; from vae_diffusion.benchmark import timing, vae_cases; t = timing.alternate({('growth', 'k', k): (vae_cases.growth, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
+    code = "import json; from vae_diffusion.benchmark import timing, vae_cases; t = timing.run_interleaved({('growth', 'k', k): (vae_cases.train_on_bank, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
     one, twenty = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
     assert one > 5 and twenty < one + 15, "MB; the larger bank holds 58 MB more"
 
 
 @pytest.mark.parametrize("case, arguments", [
-    (timing.product, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (diffusion_cases.sample_ours, {"steps": 2, "n": 2}), (diffusion_cases.sample_ddim, {"steps": 2, "n": 2}),
+    (timing.multiply_matrices, {"dtype": "bfloat16", "size": 64, "seconds": .01}), (diffusion_cases.sample_ours, {"steps": 2, "n": 2}), (diffusion_cases.sample_ddim, {"steps": 2, "n": 2}),
     (diffusion_cases.sample_euler, {"steps": 2, "n": 2}), (vae_cases.train_residual, {"n": 8, "nc": 8, "batch": 4}), (diffusion_cases.train_diffusion, {"widths": (8,), "batch": 2, "seconds": .01}), (diffusion_cases.train_diffusers, {"widths": (8,), "batch": 2, "seconds": .01}),
-    (diffusion_cases.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (metric_cases.similarity, {"package": "ours", "n": 2}), (metric_cases.similarity, {"package": "pytorch_msssim", "n": 2})])
+    (diffusion_cases.sample_ours, {"steps": 2, "n": 2, "compiled": True, "widths": (8,), "solver": "stochastic", "precision": "bfloat16"}), (metric_cases.compare_ms_ssim, {"package": "ours", "n": 2}), (metric_cases.compare_ms_ssim, {"package": "pytorch_msssim", "n": 2})])
 def test_cases_that_need_no_data(case, arguments, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda net, **how: net) # which would take longer than the rest
-    assert timing.once(case, 1, arguments)["value"] > 0
+    assert timing.run_case(case, 1, arguments)["value"] > 0
 
 
 @pytest.mark.data
 @pytest.mark.parametrize("case, arguments", [
-    (vae_cases.train_ours, {"n": 200, "epochs": 1}), (vae_cases.train_ours, {"n": 200, "epochs": 1, "members": 2}), (metric_cases.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (metric_cases.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (metric_cases.star, {"n": 2, "steps": 2})])
+    (vae_cases.train_ours, {"n": 200, "epochs": 1}), (vae_cases.train_ours, {"n": 200, "epochs": 1, "members": 2}), (metric_cases.attack_ours, {"n": 2, "restarts": 2, "steps": 2}), (metric_cases.attack_loop, {"n": 1, "restarts": 1, "steps": 2}), (metric_cases.search_q_star, {"n": 2, "steps": 2})])
 def test_cases_on_mnist(case, arguments):
-    assert timing.once(case, 1, arguments)["value"] > 0
+    assert timing.run_case(case, 1, arguments)["value"] > 0
 
 
 def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
     product = {"size": 64, "seconds": .01}
-    monkeypatch.setattr(suite, "SPEED", {("matrix product", t, None): (timing.product, {"dtype": t} | product) for t in ("float32", "bfloat16")}
-        | {("MS-SSIM", package, None): (metric_cases.similarity, {"package": package, "n": 2}) for package in ("pytorch_msssim", "ours")})
+    monkeypatch.setattr(suite, "SPEED", {("matrix product", t, None): (timing.multiply_matrices, {"dtype": t} | product) for t in ("float32", "bfloat16")}
+        | {("MS-SSIM", package, None): (metric_cases.compare_ms_ssim, {"package": package, "n": 2}) for package in ("pytorch_msssim", "ours")})
     monkeypatch.setattr(suite, "ELBO", {})
     monkeypatch.setattr(suite, "GROWTH", {"k": (1, 2), "batch": (50, 100)})
-    monkeypatch.setattr(suite, "COST", {("growth", name, x): (vae_cases.growth, {"train": 200, "steps": 2, name: x}) for name, values in suite.GROWTH.items() for x in values})
+    monkeypatch.setattr(suite, "COST", {("growth", name, x): (vae_cases.train_on_bank, {"train": 200, "steps": 2, name: x}) for name, values in suite.GROWTH.items() for x in values})
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path/"runs"))
-    for what in "published", "figures": monkeypatch.setattr(command.paths, what, lambda what=what: tmp_path/what)
-    kept = tmp_path/"runs"/f"bench-{runs.machine()}-{torch.get_num_threads()}-threads"/"speed.csv"
+    for what in "results", "figures": monkeypatch.setattr(command.paths, what, lambda what=what: tmp_path/what)
+    kept = tmp_path/"runs"/f"bench-{runs.machine_name()}-{torch.get_num_threads()}-threads"/"speed.csv"
     kept.parent.mkdir(parents=True)
-    files.write_text(kept, "benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n", listed=True)
+    files.write_text(kept, "benchmark,case,x,repetition,value,seconds,gflop,memory\nmatrix product,float32,,0,123,1,1,1\n", checksum=True)
     whole = kept.read_text()
     kept.write_text(whole[:-4])
-    with pytest.raises(ProjectError, match="speed.csv"): command.main(repetitions=2)
+    with pytest.raises(ProjectError, match="speed.csv"): command.run_benchmark(repetitions=2)
     kept.write_text(whole)
-    command.main(repetitions=2)
-    table = pd.read_csv(tmp_path/"published"/f"bench-{runs.machine()}.csv")
+    command.run_benchmark(repetitions=2)
+    table = pd.read_csv(tmp_path/"results"/f"bench-{runs.machine_name()}.csv")
     assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}
     assert table.value[0] == 123 and not table.duplicated(["benchmark", "case", "x", "repetition"]).any(), "a stopped benchmark goes on"
-    assert {f.name for f in (tmp_path/"figures"/f"bench-{runs.machine()}").glob("*.png")} == {"speed.png", "growth.png"}
-    for name, fig in report.drawn(table).items():
-        style.save(fig, tmp_path, name)
-        assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{runs.machine()}"/f"{name}.svg").read_text(), "drawn from what is stored"
+    assert {f.name for f in (tmp_path/"figures"/f"bench-{runs.machine_name()}").glob("*.png")} == {"speed.png", "growth.png"}
+    for name, fig in report.benchmark_figures(table).items():
+        style.save_figure(fig, tmp_path, name)
+        assert (tmp_path/f"{name}.svg").read_text() == (tmp_path/"figures"/f"bench-{runs.machine_name()}"/f"{name}.svg").read_text(), "drawn from what is stored"
     assert not kept.parent.exists()
-    file = tmp_path/"published"/f"bench-{runs.machine()}.csv"
+    file = tmp_path/"results"/f"bench-{runs.machine_name()}.csv"
     before, lines = table, file.read_text().splitlines()
-    monkeypatch.setattr(suite, "SPEED", suite.SPEED | {("MS-SSIM", "torchmetrics", None): (timing.product, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (suite.only_gpu, {"case": None})})
+    monkeypatch.setattr(suite, "SPEED", suite.SPEED | {("MS-SSIM", "torchmetrics", None): (timing.multiply_matrices, {"dtype": "float32"} | product), ("MS-SSIM", "gpu", None): (suite.require_gpu, {"case": None})})
     monkeypatch.setattr(command.torch.cuda, "is_available", lambda: False)
-    command.main(repetitions=2)
+    command.run_benchmark(repetitions=2)
     added = [line for line in file.read_text().splitlines() if line not in lines]
     assert [line.split(",")[:3] for line in added] == [["MS-SSIM", "torchmetrics", i] for i in "01"], "only what is missing is measured, a GPU's rows never on a CPU"
     assert [line for line in file.read_text().splitlines() if line not in added] == lines
     file.write_text(file.read_text().replace(before.hardware[0], "another"))
-    files.enlist_all(file.parent)
-    with pytest.raises(ProjectError, match="measured on another.*Delete it"): command.main(repetitions=2)
+    files.write_checksums(file.parent)
+    with pytest.raises(ProjectError, match="measured on another.*Delete it"): command.run_benchmark(repetitions=2)

@@ -1,4 +1,4 @@
-"Faults that a long campaign on shared machines meets. `make torture` tries all of them and keeps a record; `make test` a seeded sample."
+"Faults that a long campaign on shared machines meets. `make stress` tries all of them and keeps a record; `make test` a seeded sample."
 import json
 import os
 import random
@@ -29,7 +29,7 @@ from vae_diffusion.core import batches, files, formats, locks, paths, rng
 from vae_diffusion.harness import identity, results, runs, settings, tables
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.core.errors import ProjectError
-import warm
+import forks
 
 RANDOM = random.Random
 
@@ -52,7 +52,7 @@ class Formats:
 
     def tiny_source(self, name, files):
         "A data set of a few images in the published formats, with their true MD5s."
-        known = {f: (len(raw), formats.md5_of(raw)) for f, raw in files.items()}
+        known = {f: (len(raw), formats.md5_digest(raw)) for f, raw in files.items()}
         (self.folder / name).mkdir()
         for f, raw in files.items(): (self.folder / name / f).write_bytes(raw)
         return data.Source(name, 256, (), {}, known, data.sources[name].parse)
@@ -93,7 +93,7 @@ class Formats:
     def run(self):
         with patch.object(paths, "runs", lambda: self.folder):
             run = runs.open_run("train_vae", settings.Settings())
-            runs.finish(run, [tables.row("elbo_test", [1., 2.], epoch=3)], 1.)
+            runs.finish_run(run, [tables.result_row("elbo_test", [1., 2.], epoch=3)], 1.)
         return run
 
     def run_configuration(self):
@@ -110,9 +110,9 @@ class Formats:
     def published_results(self):
         (self.folder / "published").mkdir()
         file = self.folder / "published" / "digits-cpu.csv"
-        tables.store(results.published("digits").head(40), file)
+        tables.write_table(results.load_published("digits").head(40), file)
         def read():
-            with patch.object(paths, "published", lambda: file.parent): return results.published("digits").to_csv()
+            with patch.object(paths, "results", lambda: file.parent): return results.load_published("digits").to_csv()
         return file, read
 
     def params(self):
@@ -120,7 +120,7 @@ class Formats:
         folder.mkdir(parents=True)
         file = shutil.copy(ROOT / "nbs/experiments/params/digits-cpu.yaml", folder)
         def read():
-            with patch.object(paths, "root", lambda: self.folder): return asdict(settings.params("digits"))
+            with patch.object(paths, "root", lambda: self.folder): return asdict(settings.load_params("digits"))
         return Path(file), read
 
     def weights(self):
@@ -198,7 +198,7 @@ from vae_diffusion.core import formats
 data.sources["cifar10"] = data.Source(**json.loads(sys.argv[1]), parse=data.sources["cifar10"].parse)
 parent, children = os.getpid(), []
 while os.getpid() == parent and len(children) < 7: children.append(os.fork()) # eight processes
-print(formats.md5_of(data.load("cifar10").train.numpy().tobytes()), flush=True)
+print(formats.md5_digest(data.load("cifar10").train.numpy().tobytes()), flush=True)
 sys.exit(os.getpid() == parent and any(os.waitpid(child, 0)[1] for child in children))
 """
 
@@ -224,11 +224,11 @@ def test_eight_downloads_at_once(tmp_path, record):
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         source = {"folder": "tiny", "levels": 256, "mirrors": [f"http://127.0.0.1:{server.server_port}/"],
-                  "containers": {served.name: formats.md5_of(served.read_bytes())}, "files": {name: [len(raw), formats.md5_of(raw)] for name, raw in batches.items()}}
+                  "containers": {served.name: formats.md5_digest(served.read_bytes())}, "files": {name: [len(raw), formats.md5_digest(raw)] for name, raw in batches.items()}}
         env = {k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}
         said = run(sys.executable, "-c", DOWNLOAD, json.dumps(source), env=env, timeout=120)
         server.shutdown()
-    assert said.count(formats.md5_of(batches["0.bin"][1:])) == 8, said
+    assert said.count(formats.md5_digest(batches["0.bin"][1:])) == 8, said
     assert len(asked) == 1 and "waiting for it to end" in said, (asked, said)
     record("eight at once: download", 8, "one downloads, the others wait; the server is asked once")
 
@@ -263,8 +263,8 @@ def test_a_file_that_may_not_be_read(name, open_folder, record):
 
 def test_a_folder_that_may_not_be_written(open_folder, record):
     (open_folder / "results").mkdir(mode=0o555)
-    bank, table = Formats(open_folder), results.published("digits").head(3)
-    for write in [lambda f: tables.store(table, f / "digits-cpu.csv"), lambda f: locks.hold(f / "run"),
+    bank, table = Formats(open_folder), results.load_published("digits").head(3)
+    for write in [lambda f: tables.write_table(table, f / "digits-cpu.csv"), lambda f: locks.acquire(f / "run"),
                   lambda f: SampleBank(f / "bank").fill(bank, 20, progress=False), lambda f: files.save_tensors(f / "a.safetensors", {"a": torch.ones(2)})]:
         with plain_user(), pytest.raises(ProjectError, match=f"{open_folder}/results/.* cannot be written .Permission denied"): write(open_folder / "results")
     assert not any((open_folder / "results").iterdir())
@@ -333,10 +333,10 @@ def test_every_parameter_is_checked(page, record):
     for name, value in names.items():
         for wrong in WRONG[type(value)]:
             if wrong == [] and name == "gaps_at": continue  # no epoch is a good wish
-            with pytest.raises(ProjectError, match=rf"\b{name}\b") as e: settings.settings_of(names | {name: wrong})
+            with pytest.raises(ProjectError, match=rf"\b{name}\b") as e: settings.collect_settings(names | {name: wrong})
             assert "\n" not in str(e.value)
             tried += 1
-    with pytest.raises(ProjectError, match="is no parameter"): settings.settings_of(names | {"colour": "red"})
+    with pytest.raises(ProjectError, match="is no parameter"): settings.collect_settings(names | {"colour": "red"})
     record(f"bad parameters of {Path(page).stem}", tried + 1, "refused before any work, in one line that names the parameter")
 
 
@@ -387,7 +387,7 @@ FULL = {  # shorter, with all that is held in memory at its size
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("stage", FULL if "TORTURE" in os.environ else ["sample_bank"])
+@pytest.mark.parametrize("stage", FULL if "STRESS" in os.environ else ["sample_bank"])
 def test_memory_at_full_size(stage, tmp_path, record):
     status, said, peak = papermill(stage, tmp_path, "-f", "nbs/experiments/params/binary_mnist-cpu.yaml", *FULL[stage])
     assert not status and peak < 3000, (peak, said)
@@ -400,8 +400,8 @@ def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
     for name, threads, seed in ("one", 1, 0), ("two", 2, 0), ("seed", 1, 1):
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
         trained = identity.Run("train_vae", settings.Settings(epochs=30, seed=seed))
-        with patch.object(torch, "set_num_threads", lambda n, given=threads: chosen(given)): warm.execute(trained, tmp_path / "log")
-        elbo[name] = runs.read(trained).query("metric == 'elbo_test' and epoch == 30").value.item()
+        with patch.object(torch, "set_num_threads", lambda n, given=threads: chosen(given)): forks.execute(trained, tmp_path / "log")
+        elbo[name] = runs.read_results(trained).query("metric == 'elbo_test' and epoch == 30").value.item()
     assert abs(elbo["one"] - elbo["two"]) < .5 < abs(elbo["one"] - elbo["seed"]), elbo
     record("two threads in the place of one", 1, "test ELBO within 0.5 nats")
     record("another seed", 1, "another test ELBO")
@@ -413,7 +413,7 @@ def test_another_batch_of_the_sampler():
     def draw(rows):
         generators = [rng.generator("bank", 0, i) for i in rows.tolist()]
         return levels.to_levels(pipe(len(rows), generators, 8, "pt", solver="multistep").images, 17).int()
-    together, apart = (torch.cat(batches.in_parts(draw, size, torch.arange(64))) for size in (64, 7))
+    together, apart = (torch.cat(batches.map_batches(draw, size, torch.arange(64))) for size in (64, 7))
     assert (together != apart).float().mean() < 1e-3 and (together - apart).abs().max() <= 1
 
 

@@ -19,7 +19,7 @@ from vae_diffusion.harness import builders, execution, identity, runs, tables
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.core.errors import ProjectError
 from vae_diffusion.harness.settings import Settings
-import warm
+import forks
 
 
 class Grey:
@@ -58,12 +58,12 @@ def folder():
 def test_a_finished_run_and_a_full_bank_are_read_without_permission_to_write(folder, monkeypatch):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(folder))
     done = runs.open_run("train_vae", Settings())
-    runs.part(done, "part", lambda: [tables.row("elbo_test", -90.)])
-    runs.finish(done, [tables.row("elbo_test", -90.)], 1.)
+    runs.checkpointed_part(done, "part", lambda: [tables.result_row("elbo_test", -90.)])
+    runs.finish_run(done, [tables.result_row("elbo_test", -90.)], 1.)
     SampleBank(folder / "bank").fill(Grey(), 20, batch=5, shard=10, progress=False)
     with read_only(folder):
         again = execution.require("train_vae", Settings())
-        assert runs.open_run("train_vae", Settings()).done and runs.read(again).value.item() == runs.part(again, "part", None)[0][0]["value"] == -90
+        assert runs.open_run("train_vae", Settings()).done and runs.read_results(again).value.item() == runs.checkpointed_part(again, "part", None)[0][0]["value"] == -90
         bank = SampleBank(folder / "bank").fill(Grey(), 15, batch=5, shard=10, progress=False)
         assert len(bank) == 20 and bank[3].shape == (1, 2, 2)
         with pytest.raises(ProjectError, match="cannot be written .Permission denied"): bank.fill(Grey(), 21, batch=5, shard=10, progress=False)
@@ -78,7 +78,7 @@ def test_a_full_cache_is_read_without_permission_to_write(folder, monkeypatch):
     here = folder / "datasets/tiny"
     here.mkdir(parents=True)
     (here / "a.bin").write_bytes(b"known")
-    source = data.Source("tiny", 2, ("http://127.0.0.1:9/",), {"a.bin": formats.md5_of(b"known")}, {"a.bin": (5, formats.md5_of(b"known"))}, list)
+    source = data.Source("tiny", 2, ("http://127.0.0.1:9/",), {"a.bin": formats.md5_digest(b"known")}, {"a.bin": (5, formats.md5_digest(b"known"))}, list)
     with read_only(folder): assert data.fetch(source) == here
     (here / "a.bin").write_bytes(b"other")
     with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): data.fetch(source)
@@ -90,7 +90,7 @@ SMALL = dict(n_train=300, dm_images=500)
 def test_finished_experiments_are_shown_from_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
     stages = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_diffusion"
-    for stage in stages: warm.execute(identity.Run(stage, Settings(**SMALL)), tmp_path / "log")
+    for stage in stages: forks.execute(identity.Run(stage, Settings(**SMALL)), tmp_path / "log")
     with read_only_mount(tmp_path / "runs"):
         for stage in stages:
             process = forked(stage, tmp_path / "out.ipynb", SMALL)
@@ -101,13 +101,13 @@ def test_finished_experiments_are_shown_from_a_read_only_disk(tmp_path, monkeypa
 def test_a_disk_without_locks_or_permissions(tmp_path, monkeypatch):
     def refuse(*args): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     monkeypatch.setattr(fcntl, "flock", refuse)
-    for write in [lambda: locks.hold(tmp_path / "run"), lambda: files.write_text(tmp_path / "a.txt", "a", listed=True), lambda: SampleBank(tmp_path / "bank").fill(Grey(), 5, batch=5, shard=5),
+    for write in [lambda: locks.acquire(tmp_path / "run"), lambda: files.write_text(tmp_path / "a.txt", "a", checksum=True), lambda: SampleBank(tmp_path / "bank").fill(Grey(), 5, batch=5, shard=5),
                   lambda: data.download("a.bin", "0" * 32, ("http://127.0.0.1:9/",), tmp_path / "cache")]:
         with pytest.raises(ProjectError, match=f"{tmp_path}.* cannot be locked .Function not implemented.*VAE_DIFFUSION_CACHE"): write()
     monkeypatch.undo()
     monkeypatch.setattr(os, "chmod", refuse)
-    files.write_text(tmp_path / "a.txt", "a", listed=True)
-    assert files.checked(tmp_path / "a.txt") == b"a"
+    files.write_text(tmp_path / "a.txt", "a", checksum=True)
+    assert files.read_verified(tmp_path / "a.txt") == b"a"
 
 
 def test_a_disk_that_cannot_be_mapped_into_memory(tmp_path, monkeypatch):
@@ -125,11 +125,11 @@ def test_a_model_is_published_where_permissions_cannot_be_set(tmp_path, monkeypa
     monkeypatch.setattr(paths, "weights", lambda: tmp_path / "weights")
     monkeypatch.setattr(os, "chmod", refuse)
     builders.publish_weights(Settings())
-    files.check_all(tmp_path / "weights/digits")
+    files.verify_folder(tmp_path / "weights/digits")
     assert (tmp_path / "weights/digits/unet/config.json").read_text() == "unet/config.json"
 
 
-PLACES = "from vae_diffusion import data; from vae_diffusion.core import paths; print(paths.runs(), paths.cache(), paths.named('VAE_DIFFUSION_DATA', paths.root()), sep='|')"
+PLACES = "from vae_diffusion import data; from vae_diffusion.core import paths; print(paths.runs(), paths.cache(), paths.folder_from_env('VAE_DIFFUSION_DATA', paths.root()), sep='|')"
 
 
 @pytest.mark.parametrize("given, place", [("~/large", Path.home() / "large"), ("large", ROOT / "large"), ("../large", ROOT / "../large"), ("/large", Path("/large"))])

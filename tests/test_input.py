@@ -63,7 +63,7 @@ unit = levels.to_unit(digits.test[:6], 17)
 
 
 def vae():
-    return builders.vae_of(Settings(), digits)
+    return builders.build_vae(Settings(), digits)
 
 
 def fitted(source, net=vae):
@@ -88,7 +88,7 @@ def diffusion_model(folder):
         net = diffusion.unet(8, 1, (8, 8))
     recipe = Recipe(batch=20, warmup_images=0)
     net, curve = diffusion_training.train(net, digits.train, 17, recipe, 60, folder, progress=False)
-    return [*net.parameters(), diffusion.bound(diffusion.Denoiser(net), digits.test[:6], 17, .1, 40., 2)]
+    return [*net.parameters(), diffusion.nll_bound(diffusion.Denoiser(net), digits.test[:6], 17, .1, 40., 2)]
 
 
 def pipeline(solver):
@@ -104,24 +104,24 @@ def bank(folder):
 
 def robustness():
     found = metrics.attack(net := vae(), unit, 2, 3)
-    return [found.x_a, found.kl, (r := metrics.robustness_of(net, unit, found.x_a)).gap, r.gap_sample]
+    return [found.x_a, found.kl, (r := metrics.compare_attacked(net, unit, found.x_a)).gap, r.gap_sample]
 
 
 def mixture():
-    return sources.Mixture(sources.Repeat(digits.train, 0), sources.Repeat(digits.test, 0), .5, 0)
+    return sources.Mixture(sources.ShuffledSource(digits.train, 0), sources.ShuffledSource(digits.test, 0), .5, 0)
 
 
 calls = dict(
     likelihoods=lambda folder: likelihoods(), robustness=lambda folder: robustness(), diffusion=diffusion_model, bank=bank,
-    normal=lambda folder: fitted(sources.source("normal", digits, 0)),
-    augmented=lambda folder: fitted(sources.source("aug_naive", digits, 0)),
+    normal=lambda folder: fitted(sources.training_source("normal", digits, 0)),
+    augmented=lambda folder: fitted(sources.training_source("aug_naive", digits, 0)),
     mixture=lambda folder: fitted(mixture()),
     elbo=lambda folder: [metrics.elbo(vae(), digits.test[:9], 17, 2), metrics.iwae(vae(), digits.test[:9], 17, 3)],
     amortization=lambda folder: [(g := metrics.amortization_gap(vae(), digits.test[:9], 17, 3, final=4)).gap, g.trace],
     generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1, 2, 4], [2, 3]), dtype=torch.float64)],
-    augment=lambda folder: [augment.policy("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), rng.generator("page"))],
-    likeness=lambda folder: [metrics.ms_ssim(unit, unit.flip(0)), *metrics.nearest(unit, unit.flip(0))],
-    quality=lambda folder: [metrics.two_sample(digits.train[:60], digits.test[:60], 17, 1)],
+    augment=lambda folder: [augment.augmentation("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), rng.generator("page"))],
+    likeness=lambda folder: [metrics.ms_ssim(unit, unit.flip(0)), *metrics.nearest_neighbours(unit, unit.flip(0))],
+    quality=lambda folder: [metrics.two_sample_test(digits.train[:60], digits.test[:60], 17, 1)],
     heun=lambda folder: pipeline("heun"), multistep=lambda folder: pipeline("multistep"), stochastic=lambda folder: pipeline("stochastic"))
 
 

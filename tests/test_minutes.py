@@ -9,7 +9,7 @@ from vae_diffusion.core import errors, stopping
 from vae_diffusion.harness import identity, packing, plan, settings, tables
 from vae_diffusion.core.errors import ProjectError
 from vae_diffusion.core.stopping import Stopped
-import warm
+import forks
 
 
 def make(*arguments, **variables):
@@ -29,7 +29,7 @@ def test_minutes_that_make_no_sense(minutes, tmp_path):
     for target in "reproduce", "study", "weights":
         status, said = make(target, f"MINUTES={minutes}", VAE_DIFFUSION_RUNS=str(tmp_path))
         assert status == 2 and f"MINUTES={minutes}: give the minutes" in said and said.count("\n") == 1
-    with pytest.raises(ProjectError, match="minutes (is|must be)"): settings.settings_of({"minutes": minutes if minutes != "1e3" else 1e7})
+    with pytest.raises(ProjectError, match="minutes (is|must be)"): settings.collect_settings({"minutes": minutes if minutes != "1e3" else 1e7})
     assert not list(tmp_path.iterdir())
 
 
@@ -50,7 +50,7 @@ def test_a_notebook_whose_minutes_are_over(tmp_path):
 
 SETTINGS = settings.Settings(weights="trained", epochs=20, evaluate_at=(5,), gaps_at=(5,), n_test=60, dm_images=1500, dm_judged=5, dm_snapshots=2, steps=3, ks=(2,), star_images=5, star_steps=5, gate_epochs=1)
 DMAAPX = settings.Settings(**vars(SETTINGS) | {"method": "dmaapx"})
-STAGES = [*plan.jobs([identity.Run("train_vae", DMAAPX), identity.Run("measure_gaps", SETTINGS), identity.Run("measure_diffusion", SETTINGS)])]
+STAGES = [*plan.all_runs([identity.Run("train_vae", DMAAPX), identity.Run("measure_gaps", SETTINGS), identity.Run("measure_diffusion", SETTINGS)])]
 
 
 def execute(run, folder, looks=None):
@@ -58,8 +58,8 @@ def execute(run, folder, looks=None):
     left = [0.] + [float("inf")] * (looks or 0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAE_DIFFUSION_RUNS", str(folder))
-        if looks: patch.setattr(stopping, "until", lambda: left.pop() if len(left) > 1 else left[0])
-        warm.execute(run, folder / "log")
+        if looks: patch.setattr(stopping, "deadline", lambda: left.pop() if len(left) > 1 else left[0])
+        forks.execute(run, folder / "log")
 
 
 @pytest.fixture(scope="module")
@@ -77,10 +77,10 @@ def move(a, b):
     "Packs the runs in one folder, in small pieces, and unpacks them in another."
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAE_DIFFUSION_RUNS", str(a))
-        packing.pack("digits", "smoke", .05, a / "pack")
+        packing.pack_runs("digits", "smoke", .05, a / "pack")
         assert not list(a.glob("pack/*.npy")) and max(f.stat().st_size for f in a.glob("pack/*.tar.*")) <= .05 * 2**20
         patch.setenv("VAE_DIFFUSION_RUNS", str(b))
-        packing.unpack(a / "pack")
+        packing.unpack_runs(a / "pack")
 
 
 def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results(whole, tmp_path):
@@ -110,4 +110,4 @@ def test_a_plan_is_printed_before_anything_runs(tmp_path):
     assert [*rows][2:] == ["sample_bank", "train_vae normal", "train_vae dmaapx", "measure_gaps normal", "measure_gaps dmaapx"], said
     assert rows["train_vae dmaapx"][:2] == ["2", "0"] and re.search(r"minutes of computing, [0-9.]+ minutes with CORES=3", said), said
     for wish, answer in (("svhn",), "no parameters for svhn"), (("digits", "cpu", "none"), "there is no study none"):
-        with pytest.raises(SystemExit, match=answer): errors.plainly(plan.main, *wish)
+        with pytest.raises(SystemExit, match=answer): errors.exit_on_error(plan.print_plan, *wish)

@@ -11,7 +11,7 @@ from vae_diffusion import models
 from vae_diffusion.core import files
 from vae_diffusion.harness import builders, results, studies
 from vae_diffusion.harness.identity import Run
-from vae_diffusion.harness.settings import Settings, params
+from vae_diffusion.harness.settings import Settings, load_params
 
 PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "python3"
 
@@ -52,20 +52,20 @@ PAPER = {
 
 @pytest.mark.parametrize("dataset", PAPER)
 def test_scale_paper_is_the_papers_comparison(dataset):
-    s = params(dataset, "paper")
+    s = load_params(dataset, "paper")
     fixed = EVERYWHERE | PAPER[dataset]
     assert {name: getattr(s, name) for name in fixed} == fixed
     images = SimpleNamespace(shape=(3 if dataset == "cifar10" else 1, 32, 32), levels=256)
-    if dataset == "cifar10": assert models.n_parameters(builders.vae_of(s, images)) == 5_812_582
+    if dataset == "cifar10": assert models.count_parameters(builders.build_vae(s, images)) == 5_812_582
 
 
 @pytest.mark.parametrize("dataset", ["digits", *PAPER])
 def test_scale_paper_trains_no_diffusion_model(dataset):
-    s = params(dataset, "paper")
+    s = load_params(dataset, "paper")
     grid = results.grid(s)
     assert "train_diffusion" not in {r.stage for r in grid} and {r.settings.weights for r in grid} == {"published"}
     assert len([r for r in grid if r.stage == "measure_gaps"]) == 12
-    files.check_all(builders.weights_folder(s))  # the published one is there
+    files.verify_folder(builders.weights_folder(s))  # the published one is there
     asked = replace(s, weights="trained", solver="heun", steps=18)  # `make weights` trains what these take
     assert Run("train_diffusion", asked).digest == Run("train_diffusion", s).digest
 
@@ -73,11 +73,11 @@ def test_scale_paper_trains_no_diffusion_model(dataset):
 @pytest.mark.parametrize("dataset", PAPER)
 def test_scale_paper_states_how_good_its_diffusion_model_is(dataset):
     "As the model's card and the stored study have it."
-    s, text = params(dataset, "paper"), (ROOT / f"nbs/experiments/params/{dataset}-paper.yaml").read_text()
+    s, text = load_params(dataset, "paper"), (ROOT / f"nbs/experiments/params/{dataset}-paper.yaml").read_text()
     seen = re.search(r"\| images seen \| ([\d,]+) \|", (builders.weights_folder(s) / "README.md").read_text())[1]
     assert f"The published one saw {seen} images" in text
-    table = studies.published(f"{dataset}-diffusion")
-    judged = {label: run.settings for label, run in studies.study(f"{dataset}-diffusion").runs()}
+    table = studies.load_published_study(f"{dataset}-diffusion")
+    judged = {label: run.settings for label, run in studies.load_study(f"{dataset}-diffusion").runs()}
     same = [label for label, v in judged.items() if (v.solver, v.steps) == (s.solver, s.steps)]
     right = table[table.variant.isin(same) & (table.metric == "two_sample_sample")]
     assert f"A classifier is right on {100*right[right.epoch == right.epoch.max()].value.item():.0f} % of" in text

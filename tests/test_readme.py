@@ -55,7 +55,7 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
         assert PROMISED[stage] <= {r["metric"] for r in table(printed)}, row
     names = yaml.safe_load((ROOT / shlex.split(rows[-1]["parameters"].strip("`"))[1]).read_text())
-    assert settings.params(names["dataset"], names["scale"]).dataset == "binary_mnist"
+    assert settings.load_params(names["dataset"], names["scale"]).dataset == "binary_mnist"
 
 
 def test_the_parts_do_what_their_comments_say(monkeypatch):

@@ -19,7 +19,7 @@ from torch import nn
 from vae_diffusion import banks, data, diffusion, diffusion_training, levels, metrics, pipelines, sources, training
 from vae_diffusion.core import files, paths, rng
 from vae_diffusion.harness import builders, identity, measurements, results, runs, settings, tables
-from vae_diffusion.core.precision import products
+from vae_diffusion.core.precision import matmul_precision
 from vae_diffusion.recipe import Recipe
 
 
@@ -139,7 +139,7 @@ def test_bank_of_each_solver(digits, tmp_path, solver, steps):
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory):
     "The images that the published bank of digits begins with: all that k = 1 takes."
-    s, pipe = settings.params("digits"), pipelines.load_pipeline(paths.weights() / "digits")
+    s, pipe = settings.load_params("digits"), pipelines.load_pipeline(paths.weights() / "digits")
     bank = banks.SampleBank(tmp_path_factory.mktemp("bank"))
     how = dict(num_inference_steps=s.steps, solver=s.solver, precision="float32")
     return bank.fill(pipe, 1437, s.bank_seed, s.bank_noise, progress=False, **how)
@@ -155,7 +155,7 @@ def rounding():
         conv = nn.Conv2d(32, 32, 3, padding=1)
     adam, cost = torch.optim.Adam(net.parameters(), 3e-3, fused=True), nn.functional.binary_cross_entropy_with_logits
     for precision in "medium", "medium", "highest":
-        with products(precision): cost(net(draw(128, 64)), draw(128, 64)).backward()
+        with matmul_precision(precision): cost(net(draw(128, 64)), draw(128, 64)).backward()
         adam.step()
     images, turned = draw(256, 32, 8, 8), draw(256, 2, 3)
     grid = nn.functional.affine_grid(turned, images.shape, align_corners=True)
@@ -172,7 +172,7 @@ def same():
 
 def published(**which):
     "Rows of the published results of digits."
-    found = results.published("digits")
+    found = results.load_published("digits")
     for name, value in which.items(): found = found[found[name] == value]
     return found
 
@@ -186,20 +186,20 @@ def beside(found, known, on):
 
 def test_published_bank(bank, digits, same):
     "The mean distance of its first thousand images, and of test images, to the training images."
-    near = lambda x: metrics.nearest(levels.to_unit(x, 17), levels.to_unit(digits.train, 17))[0]
+    near = lambda x: metrics.nearest_neighbours(levels.to_unit(x, 17), levels.to_unit(digits.train, 17))[0]
     for metric, images in ("nearest_train_sample", bank[:1000]), ("nearest_train_test", digits.test):
-        row, known = tables.row(metric, near(images)), published(metric=metric).iloc[0]
+        row, known = tables.result_row(metric, near(images)), published(metric=metric).iloc[0]
         assert [row["value"], row["stderr"]] == pytest.approx([known.value, known.stderr], rel=1e-5 if same else 1e-3)
 
 
 @pytest.mark.parametrize("method, seed", [("normal", 0), ("aug_naive", 0), ("aug_tuned", 1), ("dmaapx", 2)])
 def test_published_training(method, seed, same, bank):
     "Twenty epochs of each method."
-    s = replace(settings.params("digits"), method=method, seed=seed, k=1)
-    images, known = builders.dataset_of(s), published(method=method, seed=seed)
+    s = replace(settings.load_params("digits"), method=method, seed=seed, k=1)
+    images, known = builders.build_dataset(s), published(method=method, seed=seed)
     fit = training.fit(
-        builders.vae_of(s, images), sources.source(method, images, seed, bank, 1), len(images.train), images.levels, 20,
-        s.batch, s.lr, seed, lambda vae: measurements.evaluate(vae, images, s.elbo_samples), s.evaluate_at, progress=False)
+        builders.build_vae(s, images), sources.training_source(method, images, seed, bank, 1), len(images.train), images.levels, 20,
+        s.batch, s.lr, seed, lambda vae: measurements.measure_elbos(vae, images, s.elbo_samples), s.evaluate_at, progress=False)
     found = pd.DataFrame(measurements.curve_rows(fit.curve, fit.best_epoch, images)).query("metric != 'elbo_test_best'")
     both = beside(found, known if method != "dmaapx" else known[known.k == 1], ["metric", "epoch", "n"])
     apart, errors = (both.value - both.value_published).abs(), (both.stderr / both.stderr_published - 1).abs()
@@ -222,8 +222,8 @@ def test_published_run(same, tmp_path, monkeypatch):
         assert [found[c] for c in ("epoch", "n", "unit")] == [row[c] for c in ("epoch", "n", "unit")]
         assert float(found["value"]) == pytest.approx(float(row["value"]), abs=float(row["stderr"]))
     for stage in "train_vae", "measure_gaps":
-        run = identity.Run(stage, replace(settings.params("digits"), method="dmaapx", seed=1))
-        found, known = runs.read(run), published(config=run.digest)
+        run = identity.Run(stage, replace(settings.load_params("digits"), method="dmaapx", seed=1))
+        found, known = runs.read_results(run), published(config=run.digest)
         assert len(found) == len(known)
         if not same: found = found[found.metric != "elbo_test_best"]  # it may be another epoch
         both = beside(found, known, ["dataset", "scale", "method", "seed", "k", "epoch", "metric", "n", "unit", "config"])

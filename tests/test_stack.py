@@ -16,14 +16,14 @@ from vae_diffusion.core import files
 from vae_diffusion.harness import builders, identity, results, runs, settings, stacks
 from vae_diffusion.core.errors import ProjectError
 from vae_diffusion.likelihoods import family
-import warm
+import forks
 
 MEMBERS = {"a": ("normal", 0), "b": ("normal", 1), "c": ("aug_naive", 0), "d": ("dmaapx", 2)}
 DIGITS = data.load("digits")
-HOW = dict(N=1437, levels=17, epochs=5, at=(1,), progress=False)
+HOW = dict(n_train=1437, levels=17, epochs=5, eval_epochs=(1,), progress=False)
 
 
-class Dies(sources.Repeat):
+class Dies(sources.ShuffledSource):
     "A source that fails when it is asked for an image that comes late."
     last = 64 * 100
     def batch(self, start, n):
@@ -39,7 +39,7 @@ def member(name, folder=None, normalisation="none", bf16=False, dies=False, hidd
     torch.manual_seed(seed)
     vae = models.fully_connected(DIGITS.shape, family("binomial", levels=17), hidden, 4, normalisation=normalisation)
     vae.autocast = torch.bfloat16 if bf16 else None
-    source = Dies(DIGITS.train, seed) if dies else sources.source(method, DIGITS, seed, DIGITS.train.flip(0))
+    source = Dies(DIGITS.train, seed) if dies else sources.training_source(method, DIGITS, seed, DIGITS.train.flip(0))
     return training.Member(vae, source, seed, score, folder and folder / name, name)
 
 
@@ -97,17 +97,17 @@ def test_bfloat16(wanted):
 def test_a_compiled_stack(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, compile=torch.compile, **how: compiled.append(f) or compile(f, **how))
-    how = HOW | {"epochs": 1, "at": (), "compile": True}
+    how = HOW | {"epochs": 1, "eval_epochs": (), "compile": True}
     for name, (vae, fit) in zip("ab", stack("ab", how=how, hidden=())):
         other, known = alone(name, how=how | {"compile": False}, hidden=())
         assert fit.curve[0]["loss"] == pytest.approx(known.curve[0]["loss"], abs=.01)
         torch.testing.assert_close(vae.state_dict(), other.state_dict(), rtol=0, atol=1e-3)
-    assert compiled == [training_step.whole_step]
+    assert compiled == [training_step.compiled_step]
 
 
 def test_stopped_in_a_stack_and_finished_alone(wanted, tmp_path):
     members = [member("a", tmp_path), member("b", tmp_path, dies=True), member("c", tmp_path)]
-    with pytest.raises(KeyboardInterrupt): training.fit_stack(members, **HOW, every=0)
+    with pytest.raises(KeyboardInterrupt): training.fit_stack(members, **HOW, checkpoint_seconds=0)
     steps = [files.load_tensors(tmp_path / name / "checkpoint.safetensors")[1]["step"] for name in "abc"]
     assert len({*steps}) == 1 and 0 < steps[0] < 72
     for name in "abc": same(alone(name, tmp_path), wanted[name])
@@ -115,11 +115,11 @@ def test_stopped_in_a_stack_and_finished_alone(wanted, tmp_path):
 
 def test_stopped_alone_and_finished_in_a_stack(wanted, tmp_path):
     "One has done some steps, one all, two none: they meet, and the finished one is left as it is."
-    with pytest.raises(KeyboardInterrupt): training.fit_stack([member("b", tmp_path, dies=True)], **HOW, every=0)
+    with pytest.raises(KeyboardInterrupt): training.fit_stack([member("b", tmp_path, dies=True)], **HOW, checkpoint_seconds=0)
     first = alone("a", tmp_path)
-    calls, make = [], training_step.stepper
+    calls, make = [], training_step.make_step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "stepper", lambda group, *how: calls.append("".join(m.run for m in group)) or make(group, *how))
+        patch.setattr(training, "make_step", lambda group, *how: calls.append("".join(m.run for m in group)) or make(group, *how))
         found = stack("abcd", tmp_path)
     assert calls == ["cd", "bcd"] and found[0][1].seconds == first[1].seconds
     for name, each in zip("abcd", found): same(each, wanted[name])
@@ -130,7 +130,7 @@ def test_a_loss_that_is_not_finite_names_its_run(wanted, tmp_path):
         m = member(name, tmp_path)
         with torch.no_grad(): m.vae.encoder[-1].bias.fill_(1e30)
         return m
-    with pytest.raises(KeyboardInterrupt): training.fit_stack([member("b", tmp_path, dies=True)], **HOW, every=0)
+    with pytest.raises(KeyboardInterrupt): training.fit_stack([member("b", tmp_path, dies=True)], **HOW, checkpoint_seconds=0)
     checkpoint = (tmp_path / "b" / "checkpoint.safetensors").read_bytes()
     members = [member("a", tmp_path), member("b", tmp_path), broken("c"), member("d", tmp_path)]
     with pytest.raises(ProjectError, match="the loss of run c is .* at step 1 .*lower the learning rate"): training.fit_stack(members, **HOW)
@@ -143,7 +143,7 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
     command, tables = "--profile none --quiet all --snakefile workflow/Snakefile --cores 2 --nolock --force-use-threads --config scale=smoke stack=true --", []
     for way in "stack", "alone":
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / way))
-        grid = [r for r in results.grid(settings.params("digits", "smoke")) if r.stage == "train_vae"]
+        grid = [r for r in results.grid(settings.load_params("digits", "smoke")) if r.stage == "train_vae"]
         if way == "stack":
             workflow = snakemake(*command.split(), *(r.results for r in grid))
             workflow.join()
@@ -152,9 +152,9 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
             assert [*grid[0].folder.parent.glob("logs/stack-*.log")]
         else:
             shutil.copytree(tmp_path / "stack", tmp_path / way, ignore=shutil.ignore_patterns("train_vae-*"))
-            images = builders.dataset_of(grid[0].settings)
-            for r in grid: stacks.train([runs.open_run("train_vae", r.settings)], images, stacks.sources([r.settings], images))
-        tables.append(pd.concat([runs.read(r).drop(columns="seconds") for r in grid], ignore_index=True))
+            images = builders.build_dataset(grid[0].settings)
+            for r in grid: stacks.train_runs([runs.open_run("train_vae", r.settings)], images, stacks.training_sources([r.settings], images))
+        tables.append(pd.concat([runs.read_results(r).drop(columns="seconds") for r in grid], ignore_index=True))
     assert set(tables[0].config) == {r.digest for r in grid}
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
 
@@ -163,18 +163,18 @@ def test_a_stack_that_is_stopped_is_not_gone_on_with(smoke, tmp_path, monkeypatc
     def stopped(*stack): raise KeyboardInterrupt("stopped by SIGINT")
     monkeypatch.setattr(stacks, "train_stack", stopped)
     stack = [identity.Run("train_vae", settings.Settings(seed=i)) for i in (0, 1)]
-    with pytest.raises(ProjectError, match="a stack of 2 runs was stopped: KeyboardInterrupt: stopped by SIGINT"): warm.train(stack, tmp_path / "log")
+    with pytest.raises(ProjectError, match="a stack of 2 runs was stopped: KeyboardInterrupt: stopped by SIGINT"): forks.train(stack, tmp_path / "log")
 
 
 def test_a_stack_that_fails_or_is_started_twice(smoke, tmp_path, capfd):
     grid = [identity.Run("train_vae", settings.Settings(seed=i, epochs=20)) for i in (0, 1)]
-    [stack], logs = stacks.stacks(grid), [tmp_path / "1.log", tmp_path / "2.log"]
+    [stack], logs = stacks.group_stacks(grid), [tmp_path / "1.log", tmp_path / "2.log"]
     grid[1].folder.mkdir(parents=True)
     (grid[1].folder / "config.json").write_text("{}")
-    assert not warm.train(stack, logs[0]) and "each goes on alone: " in capfd.readouterr().err and "delete the folder" in logs[0].read_text()
+    assert not forks.train(stack, logs[0]) and "each goes on alone: " in capfd.readouterr().err and "delete the folder" in logs[0].read_text()
     assert not any(r.done for r in grid)
     shutil.rmtree(grid[1].folder)
-    both = [threading.Thread(target=warm.train, args=(stack, log)) for log in logs]
+    both = [threading.Thread(target=forks.train, args=(stack, log)) for log in logs]
     for thread in both: thread.start()
     for thread in both: thread.join()
     assert all(r.done for r in grid) and sum("waiting for it to end" in log.read_text() for log in logs) == 1

@@ -37,14 +37,14 @@ def to_levels(
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
 
 
-def coefficients(
+def preconditioning(
     sigma, # [n], noise levels > 0
     sigma_data: float, # standard deviation of the images in [-1,1]
 ): # -> c_skip, c_out, c_in [n,1,1,1] and c_noise [n]
     "The preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
-    s, d = sigma.reshape(-1, 1, 1, 1), sigma_data
-    total = (s**2 + d**2).sqrt()
-    return d**2/total**2, s*d/total, 1/total, sigma.log()/4
+    level, d = sigma.reshape(-1, 1, 1, 1), sigma_data
+    total = (level**2 + d**2).sqrt()
+    return d**2/total**2, level*d/total, 1/total, sigma.log()/4
 
 
 class Denoiser(nn.Module):
@@ -61,7 +61,7 @@ class Denoiser(nn.Module):
         x, # [n,C,H,W], images in [-1,1] plus noise
         sigma, # [n], the noise levels
     ): # -> [n,C,H,W], in the dtype of x
-        c_skip, c_out, c_in, c_noise = coefficients(sigma.to(x.dtype), self.sigma_data)
+        c_skip, c_out, c_in, c_noise = preconditioning(sigma.to(x.dtype), self.sigma_data)
         with torch.autocast(x.device.type, self.autocast, enabled=self.autocast is not None):
             out = self.net((c_in*x).float(), c_noise.float()).sample
         return c_skip*x + c_out*out.to(x.dtype)
@@ -75,17 +75,17 @@ def heun(
     progress=iter, # wraps the steps, such as tqdm
 ): # -> float64 [n,C,H,W]
     "Deterministic second-order sampling: Karras et al. 2022, algorithm 1."
-    def slope(x, s): return (x - denoiser(x, x.new_full((), s.item()).expand(len(x))))/s
+    def slope(x, sigma): return (x - denoiser(x, x.new_full((), sigma.item()).expand(len(x))))/sigma
     x = x.double()
-    for s, t in progress(list(zip(sigmas[:-1], sigmas[1:]))):
-        first = slope(x, s)
-        euler = x + (t - s)*first
-        x = euler if t == 0 else x + (t - s)*(first + slope(euler, t))/2
+    for sigma, next_sigma in progress(list(zip(sigmas[:-1], sigmas[1:]))):
+        first = slope(x, sigma)
+        euler = x + (next_sigma - sigma)*first
+        x = euler if next_sigma == 0 else x + (next_sigma - sigma)*(first + slope(euler, next_sigma))/2
     return x
 
 
 @torch.no_grad()
-def multistep(
+def dpm_multistep(
     net, # UNet2DModel
     scheduler, # EDMDPMSolverMultistepScheduler, its steps set
     x, # [n,C,H,W], noise of standard deviation scheduler.sigmas[0]
@@ -103,7 +103,7 @@ def multistep(
     return x
 
 
-def stochastic(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
+def stochastic_scheduler(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
     "A scheduler with the same levels for the stochastic equation: SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
     return EDMDPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 
@@ -119,7 +119,7 @@ def solve(
 ): # -> float64 [n,C,H,W]
     "From noise to images by one of the solvers."
     if solver == "heun": return heun(Denoiser(net, scheduler.config.sigma_data, autocast), x, scheduler.sigmas.double(), progress)
-    return multistep(net, scheduler, x, autocast, progress, generators)
+    return dpm_multistep(net, scheduler, x, autocast, progress, generators)
 
 
 class EDMPipeline(DiffusionPipeline):
@@ -166,7 +166,7 @@ class EDMPipeline(DiffusionPipeline):
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
-        scheduler = stochastic(self.scheduler) if solver == "stochastic" else self.scheduler
+        scheduler = stochastic_scheduler(self.scheduler) if solver == "stochastic" else self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=device)
         x = scheduler.sigmas[0].double()*randn_tensor((batch_size, *self.shape), generator, device, torch.float32).double()
         x = self.solve(scheduler, solver, x, autocast, generator)

@@ -21,7 +21,7 @@ from vae_diffusion.core import paths, stopping
 from vae_diffusion.harness import execution, figures, runs, stacks, style
 from vae_diffusion.metrics import sample_quality
 from vae_diffusion.core.errors import ProjectError
-from vae_diffusion.core.stopping import Stopped  # imported here like scikit-learn, so that every run has them
+from vae_diffusion.core.stopping import Stopped
 
 
 class InProcess(Engine):
@@ -62,7 +62,7 @@ def notebook(run, log):
     begin(log)
     run.folder.mkdir(parents=True, exist_ok=True)
     source = paths.root() / "nbs" / "experiments" / f"{run.stage}.ipynb"
-    papermill.execute_notebook(source, run.folder / "notebook.ipynb", execution.changed(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(source, run.folder / "notebook.ipynb", execution.non_default_parameters(run.settings), engine_name="in_process", kernel_name="python3", progress_bar=False)
 
 
 def apart(work):
@@ -96,7 +96,7 @@ def train(stack, log):
         begin(log)
         stacks.train_stack(*stack)
     if all(run.done for run in stack): return True
-    stopping.in_time()
+    stopping.check_deadline()
     code = apart(work)
     if code == STOPPED: raise Stopped(end(Path(log)))
     if code not in (0, 1): raise ProjectError(f"a stack of {len(stack)} runs was stopped: {end(Path(log))} ... see {log}")
@@ -106,7 +106,7 @@ def train(stack, log):
 
 def execute(run, log):
     "Executes the notebook of a `identity.Run` in a process of its own. Raises `ProjectError` if it fails, `stopping.Stopped` if its time is over."
-    stopping.in_time()
+    stopping.check_deadline()
     code = apart(lambda: notebook(run, log))
     if code == STOPPED: raise Stopped(end(Path(log)))
     if code: raise ProjectError(f"{run.name} failed: {end(Path(log))} ... see {log}")
