@@ -32,6 +32,7 @@ from vae_diffusion.metrics import sample_quality
 
 WATCHED = [Path(__file__).resolve().parent.parent]
 FIXED = types.FunctionType, types.BuiltinFunctionType, types.ModuleType, type  # only a patch gives another to a name
+OTHERS = "TMonitor", "HistorySavingThread"  # threads of tqdm, and of IPython, which a fork ends
 glibc = ctypes.CDLL(None)
 
 
@@ -86,7 +87,7 @@ def state():
         "temporary files": dict.fromkeys(os.listdir(here)), "files of the project": files(),
         "open files": dict.fromkeys(f.path for f in process.open_files() if ".venv" not in f.path),
         "processes": dict.fromkeys(p.pid for p in process.children()),
-        "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ != "TMonitor"),  # tqdm's own
+        "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ not in OTHERS),
         "random numbers": {"random": random.getstate(), "numpy": repr(np.random.get_state()),
                            "torch": torch.get_rng_state().tolist()},
         "PyTorch": {f.__name__: f() for f in switches}, "NumPy": {**np.geterr(), **np.get_printoptions()},
