@@ -34,7 +34,7 @@ def main(folder, seconds):
     wishes = "seed, seeds, methods = {}, [0], ['normal']" if seconds else "seeds, methods, n_train, dm_images = [0], ['normal'], 300, 500"
     shells, began, early, runs = {}, time.monotonic(), None, 0
     for seed in itertools.count():
-        for stage in ("train_vae", "measure_gaps") if seconds else ("train_diffusion", "sample_bank", "measure_diffusion", "train_vae", "measure_gaps", "report"):
+        for stage in ("train_vae", "measure_gaps") if seconds else ("train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_diffusion", "report"):
             if stage not in shells: shells[stage] = CaptureShell(mpl_format="png")  # a kernel for each page, all in this process
             shell = shells[stage]
             for cell in nbformat.read(ROOT / "nbs" / "experiments" / f"{stage}.ipynb", 4).cells:

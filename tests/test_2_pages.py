@@ -14,7 +14,7 @@ def guard(*arguments):
     return subprocess.run([sys.executable, "tests/guard.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
 
 
-def tested(seed, workers):
+def check(seed, workers):
     "Tests all pages in a shuffled order."
     done = guard(seed, workers)
     assert not done.returncode, f"order {seed}: {done.stderr[-6000:]}"
@@ -24,13 +24,13 @@ def tested(seed, workers):
 
 def test_nbdev_test_as_it_is_typed(tries):
     "Several pages one after the other in each worker, in a shuffled order; none may leave its process changed."
-    for seed, workers in enumerate(tries(["default"], ["default", 1, 0, 3])): tested(seed, workers)
+    for seed, workers in enumerate(tries(["default"], ["default", 1, 0, 3])): check(seed, workers)
 
 
 @pytest.mark.data
 def test_nbdev_test_with_one_worker():
     "All pages in one process; two of them show all data sets."
-    tested(5, 1)
+    check(5, 1)
 
 
 LEAKS = {  # what a page may do -> what is then said to have changed
