@@ -48,7 +48,7 @@ def test_a_notebook_whose_minutes_are_over(tmp_path):
     assert "minutes" not in next(tmp_path.glob("*/*/config.json")).read_text()
 
 
-SETTINGS = settings.Settings(weights="trained", epochs=20, evaluate_at=(5,), gaps_at=(5,), n_test=60, dm_images=1500, dm_judged=5, dm_snapshots=2, steps=3, ks=(2,), star_images=5, star_steps=5, gate_epochs=1)
+SETTINGS = settings.Settings(weights="trained", epochs=20, evaluate_at=(5,), gaps_at=(5,), n_test=60, dm_images=1500, dm_judged=5, dm_snapshots=2, steps=3, ks=(2,), star_images=5, star_steps=5, quality_epochs=1)
 DMAAPX = settings.Settings(**vars(SETTINGS) | {"method": "dmaapx"})
 STAGES = [*plan.all_runs([identity.Run("train_vae", DMAAPX), identity.Run("measure_gaps", SETTINGS), identity.Run("measure_diffusion", SETTINGS)])]
 

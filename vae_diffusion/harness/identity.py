@@ -16,7 +16,7 @@ from .settings import Settings
 
 
 # %% ../../nbs/harness/01_identity.ipynb #cell005
-STAGE_PARAMETERS = {g: [f.name for f in fields(Settings) if f.name.startswith(p)] for g, p in dict(train_diffusion="dm_", measure_diffusion="gate_", measure_gaps=("star_", "iwae_", "attack_")).items()}
+STAGE_PARAMETERS = {g: [f.name for f in fields(Settings) if f.name.startswith(p)] for g, p in dict(train_diffusion="dm_", measure_diffusion="quality_", measure_gaps=("star_", "iwae_", "attack_")).items()}
 STAGE_PARAMETERS["bank"] = ["solver", "steps", "bank_bf16", "bank_seed"]
 STAGE_PARAMETERS["train_vae"] = ["net", "side", "likelihood", "epochs", "batch", "lr", "bf16", "compile", "evaluate_at", "elbo_samples"]
 STAGE_PARAMETERS["report"] = ["methods", "seeds", "ks", "k"]
@@ -24,7 +24,7 @@ CONDITIONAL_PARAMETERS = {"fully_connected": ["hidden", "latent"], "residual": [
 
 def reference_settings(settings: Settings) -> Settings: # of its training
     "The VAE, trained on real images for a few epochs, that judges samples."
-    return replace(settings, method="normal", seed=0, epochs=settings.gate_reference)
+    return replace(settings, method="normal", seed=0, epochs=settings.quality_vae_epochs)
 
 def published_weights_digest(settings: Settings) -> str: # digest
     "The digest of the published diffusion model: weights, network and noise levels. Raises `ProjectError` if there is none."

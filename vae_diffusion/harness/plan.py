@@ -48,7 +48,7 @@ def run_seconds(
 ) -> dict: # name of a part -> seconds
     "How long a run takes from the start."
     settings, (n, m) = run.settings, image_counts(run.settings)
-    star, iwae, attacked, gate = min(settings.star_images, m), min(settings.iwae_images, m), min(settings.attack_images, m)*settings.attack_restarts, settings.gate_images
+    star, iwae, attacked, judged = min(settings.star_images, m), min(settings.iwae_images, m), min(settings.attack_images, m)*settings.attack_restarts, settings.quality_images
     if run.stage == "train_diffusion": return {"train": settings.dm_images*machine("diffusion", settings, *UNET_PARAMETERS, "dm_batch", "dm_muon_lr"),
         "bounds": 26*(min(settings.dm_judged, n) + min(settings.dm_judged, m))*machine("bound", settings, *UNET_PARAMETERS)}
     if run.stage == "sample_bank": return {"draw": max(settings.k, *settings.ks)*n*machine("draw", settings, *BANK_PARAMETERS)}
@@ -61,10 +61,10 @@ def run_seconds(
         return found | {"iwae": iwae*settings.iwae_samples*machine("iwae", settings, *VAE_PARAMETERS, "iwae_images"),
                         "robustness": attacked*((settings.attack_steps + 1)*machine("attack", settings, *VAE_PARAMETERS) + 2*machine("likeness", settings, *VAE_PARAMETERS))}
     if run.stage == "measure_diffusion":
-        judge = 2*(gate//2)*settings.gate_epochs*machine("learn", settings) + gate*machine("elbo", settings, *VAE_PARAMETERS)
-        found = {"classifier": n*settings.gate_epochs*machine("learn", settings), "test": judge}
+        judge = 2*(judged//2)*settings.quality_epochs*machine("learn", settings) + judged*machine("elbo", settings, *VAE_PARAMETERS)
+        found = {"classifier": n*settings.quality_epochs*machine("learn", settings), "test": judge}
         names = builders.snapshot_folders(settings) if settings.weights == "trained" else [0]
-        return found | {f"sample-{seen}": judge + gate*machine("draw", settings, *BANK_PARAMETERS) for seen in names}
+        return found | {f"sample-{seen}": judge + judged*machine("draw", settings, *BANK_PARAMETERS) for seen in names}
     raise ProjectError(f"nothing is known of the time of {run.stage}")
 
 def remaining_share(

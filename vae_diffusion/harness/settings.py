@@ -52,9 +52,9 @@ class Settings:
     bank_bf16: bool=False # its network in bfloat16
     bank_seed: int=0 # image i of the bank depends on it and i
     bank_noise: str="counter" # how its noise does: counter, or seeded as in the published banks
-    gate_images: int=50 # samples, and real images, by which a diffusion model is judged
-    gate_epochs: int=2 # two-sample test: passes over them
-    gate_reference: int=2 # effective epochs of the VAE, trained on real images, that judges samples
+    quality_images: int=50 # samples, and real images, by which a diffusion model is judged
+    quality_epochs: int=2 # two-sample test: passes over them
+    quality_vae_epochs: int=2 # effective epochs of the VAE, trained on real images, that judges samples
     net: str="fully_connected" # the VAE's networks
     hidden: tuple=(64, 64) # fully connected: hidden widths of the encoder, mirrored in the decoder
     latent: int=8 # fully connected: latent dimensions
