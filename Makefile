@@ -35,7 +35,7 @@ only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack parameters readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html; with MINUTES=12 it stops in time, as figures, study and weights do
@@ -95,6 +95,10 @@ pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, 
 
 unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
 	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.unpack_runs, *sys.argv[1:])" "$(FROM)"
+
+parameters: $(BIN)/ready  ## the parameters cells of the experiment notebooks, from their declaration in nbs/harness/00_settings.ipynb
+	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
+	$(BIN)/nbdev_clean
 
 readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
 	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)

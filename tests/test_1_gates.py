@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -71,6 +72,7 @@ def test_clean_and_export_change_nothing(tmp_path):
 
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_parameters_cell_agrees_with_settings(page):
+    from vae_diffusion.harness.execution import parameters_cell
     from vae_diffusion.harness.settings import Settings, collect_settings
     tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
@@ -79,6 +81,8 @@ def test_parameters_cell_agrees_with_settings(page):
     exec("".join(tagged[0]["source"]), names := {})
     del names["__builtins__"]
     assert collect_settings(names) == Settings(), f"{page}: defaults differ from Settings"
+    declared = parameters_cell(Path(page).stem)
+    assert "".join(tagged[0]["source"]) == declared, f"{page}: its parameters cell is not the declared one: run `make parameters`"
 
 
 @pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
