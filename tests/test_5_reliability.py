@@ -375,7 +375,7 @@ torch.testing.assert_close(short, metrics.elbo(vae, images, 17), rtol=1e-6, atol
 
 
 def test_short_memory(record):
-    assert "not enough memory: going on with" in run(sys.executable, "-c", SHORT)
+    assert "not enough memory: continuing with" in run(sys.executable, "-c", SHORT)
     record("memory for a part of the batch only", 1, "the batch is halved until it fits, and says so; the same ELBOs")
 
 

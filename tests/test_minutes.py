@@ -92,7 +92,7 @@ def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_re
             try: execute(run, here, LOOKS[run.stage] + 5 * stops)
             except Stopped as e: said = str(e)
             else: break
-            assert said.endswith("the same command goes on from here") and (here / "log").read_text().strip() == said
+            assert said.endswith("run the same command again to resume from here") and (here / "log").read_text().strip() == said
             if run.stage == "sample_bank": continue  # whose work is not packed
             move(here, there)
             here, there = there, here

@@ -16,41 +16,54 @@ from ..recipe import Recipe, batch_indices
 
 
 # %% ../../nbs/benchmark/02_diffusion_cases.ipynb #diff1
-def make_unet(widths, layers, side=28, channels=1): # -> UNet2DModel on the device
+def make_unet(widths, layers, side=28, channels=1):
+    "Build a U-Net with random weights on the device."
     torch.manual_seed(0)
     return diffusion.unet(side, channels, widths, layers).to(runs.device())
 
-def random_images(net, n): # uint8, of the size that the network takes, on the device
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #ff69382f
+def random_images(net, n): # uint8 [n,C,H,W] on the device
+    "Draw random images of the size that the network takes."
     c, side = net.config.in_channels, net.config.sample_size
     return torch.randint(256, (n, c, side, side), dtype=torch.uint8, generator=rng.generator("bench")).to(runs.device())
 
-def training_gflops(net): # gigaflops an image, forward and backward
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #0e875bcf
+def training_gflops(net):
+    "Count the gigaflops per image of a loss and its gradient."
     x = random_images(net, 2).float()
-    return count_gflops(lambda: diffusion.denoising_loss(diffusion.Denoiser(net), x, torch.Generator(x.device)).sum().backward())/len(x)
+    def loss(): return diffusion.denoising_loss(diffusion.Denoiser(net), x, torch.Generator(x.device)).sum()
+    return count_gflops(lambda: loss().backward())/len(x)
 
-def time_steps(step, batch, seconds): # -> images, seconds; on a GPU the program waits for it every 25 steps
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #4d014dbc
+def time_steps(step, batch, seconds): # number of images, seconds
+    "Time training steps. On a GPU the program waits for it every 25 steps."
     calls, seconds = time_calls(lambda: [step(i) for i in range(scaled_work(1))], seconds)
     return calls*scaled_work(1)*batch, seconds
 
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #cd9f3327
 def train_diffusion(muon=True, batch=32, seconds=3., widths=(24, 48, 96), layers=1, **size):
-    "Our step, compiled on a GPU."
+    "Time our step, compiled on a GPU."
     net = make_unet(widths, layers, **size)
     images = random_images(net, 8192)
     gflop = training_gflops(net)
     recipe = Recipe(batch=batch, lr=2e-3, muon_lr=5e-3*muon, precision="bfloat16")
     state = diffusion_training.TrainingState(net, recipe, compiled=torch.cuda.is_available())
-    def step(i): state.step(2*levels.to_unit(images[batch_indices(state.steps, batch, len(images), 0).to(images.device)], 256, check=False) - 1)
+    def step(i):
+        rows = batch_indices(state.steps, batch, len(images), 0).to(images.device)
+        state.step(2*levels.to_unit(images[rows], 256, check=False) - 1)
     return *time_steps(step, batch, seconds), gflop
 
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #d9ba687f
 def train_diffusers(batch=32, seconds=3., widths=(24, 48, 96), layers=1, **size):
-    "The loop of diffusers' example."
+    "Time the loop of diffusers' example."
     from diffusers import DDPMScheduler
     from diffusers.training_utils import EMAModel
     net, scheduler = make_unet(widths, layers, **size).train(), DDPMScheduler()
     images = random_images(net, 8192)
     gflop = training_gflops(net)
     net.zero_grad()
-    ema, optimizer = EMAModel(net.parameters(), use_ema_warmup=True), torch.optim.AdamW(net.parameters(), 1e-4, betas=(.95, .999), weight_decay=1e-6)
+    ema = EMAModel(net.parameters(), use_ema_warmup=True)
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-4, betas=(.95, .999), weight_decay=1e-6)
     def step(i):
         x = 2*levels.to_unit(images[torch.randint(len(images), (batch,)).to(images.device)], 256, check=False) - 1
         noise, t = torch.randn_like(x), torch.randint(len(scheduler.timesteps), (batch,), device=x.device)
@@ -63,27 +76,34 @@ def train_diffusers(batch=32, seconds=3., widths=(24, 48, 96), layers=1, **size)
     return *time_steps(step, batch, seconds), gflop
 
 # %% ../../nbs/benchmark/02_diffusion_cases.ipynb #cell019
-def frozen_unet(widths=(16, 32, 64), layers=1, **size): # -> UNet2DModel
+def frozen_unet(widths=(16, 32, 64), layers=1, **size):
+    "Build a U-Net in evaluation mode."
     return make_unet(widths, layers, **size).eval().requires_grad_(False)
 
-def sampling_gflops(net, evaluations): # gigaflops an image
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #c00951d4
+def sampling_gflops(net, evaluations):
+    "Count the gigaflops per image of so many evaluations."
     x = random_images(net, 2).float()
     return count_gflops(lambda: net(x, x[:, 0, 0, 0]))/len(x)*evaluations
 
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #64a6488f
 def sample_ours(solver="heun", steps=18, precision="float32", n=128, compiled=False, **size):
-    "Our pipeline."
+    "Time our pipeline."
     net = frozen_unet(**size)
-    pipe = (pipelines.CompiledPipeline if compiled else sampling.EDMPipeline)(net, sampling.EDMDPMSolverMultistepScheduler(), 2)
+    kind = pipelines.CompiledPipeline if compiled else sampling.EDMPipeline
+    pipe = kind(net, sampling.EDMDPMSolverMultistepScheduler(), 2)
     if compiled: pipe.batch = n
     pipe.set_progress_bar_config(disable=True)
     generators = [rng.generator("bench", i) for i in range(n)]
     def draw(): pipe(n, generators, steps, "pt", solver=solver, precision=precision)
-    for _ in range(diffusion_training.Graphed.plain_calls*compiled): draw() # then it is a graph
+    if compiled:
+        for _ in range(diffusion_training.Graphed.plain_calls): draw() # after these, calls replay a CUDA graph
     calls, seconds = time_calls(draw, 1)
     return calls*n, seconds, sampling_gflops(net, 2*steps - 1 if solver == "heun" else steps)
 
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #e14ae532
 def sample_ddim(steps=35, n=128, **size):
-    "diffusers' DDIMPipeline."
+    "Time diffusers' DDIMPipeline."
     from diffusers import DDIMPipeline, DDIMScheduler
     pipe = DDIMPipeline(frozen_unet(**size), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
@@ -91,15 +111,18 @@ def sample_ddim(steps=35, n=128, **size):
     calls, seconds = time_calls(lambda: pipe(batch_size=n, generator=generators, num_inference_steps=steps), 1)
     return calls*n, seconds, sampling_gflops(pipe.unet, steps)
 
+# %% ../../nbs/benchmark/02_diffusion_cases.ipynb #9fe14351
 def sample_euler(steps=35, n=128):
-    "A loop around diffusers' EDMEulerScheduler."
+    "Time a loop around diffusers' EDMEulerScheduler."
     from diffusers import EDMEulerScheduler
     net, scheduler = frozen_unet(), EDMEulerScheduler()
     def draw():
         scheduler.set_timesteps(steps, device=runs.device())
         x = torch.randn(n, 1, 28, 28, device=runs.device())*scheduler.init_noise_sigma
         with torch.no_grad():
-            for t in scheduler.timesteps: x = scheduler.step(net(scheduler.scale_model_input(x, t), t).sample, t, x).prev_sample
+            for t in scheduler.timesteps:
+                found = net(scheduler.scale_model_input(x, t), t).sample
+                x = scheduler.step(found, t, x).prev_sample
         return x
     calls, seconds = time_calls(draw, 1)
     return calls*n, seconds, sampling_gflops(net, steps)

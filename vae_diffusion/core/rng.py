@@ -12,27 +12,32 @@ import torch
 from .files import digest
 
 # %% ../../nbs/core/05_rng.ipynb #cell026
-def _hashed(parts, digits): return int(digest([p if isinstance(p, str) else index(p) for p in parts], digits), 16)
+def _hashed(parts, digits):
+    return int(digest([p if isinstance(p, str) else index(p) for p in parts], digits), 16)
 
+# %% ../../nbs/core/05_rng.ipynb #b8af996f
 def seed_of(
     *parts, # integers and names that together identify the stream
 ) -> int: # 0 ≤ seed < 2^63
-    "One integer seed from several parts, the same in every process. Raises `TypeError` for a part that is neither."
+    "Derive a seed from names and integers, the same in every process. Raises `TypeError` for any other part."
     return _hashed(parts, 16) >> 1
 
+# %% ../../nbs/core/05_rng.ipynb #ca2a2cfc
 def generator(
     *parts, # as in `seed_of`
-    device="cpu", # where its numbers are drawn
+    device="cpu", # device on which it draws
 ) -> torch.Generator:
-    "A random generator of its own for the stream that `parts` identify."
+    "Make the random generator of the stream that `parts` identify."
     return torch.Generator(device).manual_seed(seed_of(*parts))
 
 # %% ../../nbs/core/05_rng.ipynb #30bd943f
 def nth_generator(
-    n: int, # 0 ≤ n < 2^128, the number of the item
+    n: int, # number of the item, 0 ≤ n < 2^128
     *parts, # of the stream of all items, as in `seed_of`
 ) -> torch.Generator: # on the CPU
-    "A random generator for one of very many items, no two of which start from the same state: Philox4x64 (Salmon et al. 2011) draws the state of a Mersenne Twister."
+    """Make the generator of one of very many items, no two of which start from the same state.
+
+    Philox4x64 (Salmon et al. 2011) draws the state of a Mersenne Twister."""
     bits = np.random.Philox(key=_hashed(parts, 32), counter=index(n) << 128).random_raw(312)
     g = torch.Generator()
     state = g.get_state() # a header of 24 bytes, then 624 words of 32 bits, each in 8 bytes

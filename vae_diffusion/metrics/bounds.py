@@ -21,8 +21,10 @@ from ..models import unchecked
 
 # %% ../../nbs/metrics/02_bounds.ipynb #cell005
 @contextmanager
-def evaluating(vae): # a `models.VAE`
-    "Evaluation mode, frozen parameters and float32 networks; all restored at the end, module by module."
+def evaluating(
+    vae, # a `models.VAE`, yielded
+):
+    "Use evaluation mode, frozen parameters and float32 networks inside the block; restore each module afterwards."
     modes = [(m, m.training) for m in vae.modules()]
     grads = [(p, p.requires_grad) for p in vae.parameters()]
     autocast, vae.autocast = vae.autocast, None
@@ -37,18 +39,19 @@ def evaluating(vae): # a `models.VAE`
 def batch_size_for(
     vae, # a `models.VAE`
     images, # [N,C,H,W]
-    copies: int=1, # of each image in one pass
-) -> int: # images per pass, at most 1000
-    "How many images make 2²³ numbers of decoder output: on a CPU a larger pass is slower, for it leaves the cache."
+    copies: int=1, # latents per image in one pass
+) -> int: # images per pass, 1 to 1000
+    "Return how many images have 2²³ decoder outputs. On a CPU, a larger batch no longer fits the cache and is slower."
     return max(1, min(1000, 2**23//(copies*vae.family.n_out*math.prod(images.shape[2:]))))
 
+# %% ../../nbs/metrics/02_bounds.ipynb #f8c8ec99
 def posteriors(
     vae, # a `models.VAE`
     images: torch.Tensor, # uint8 [N,C,H,W]
     levels: int, # number of pixel levels
     batch: int, # images per forward pass
 ) -> Normal: # of [N,L,...], on the model's device
-    "The encoder's q(z|x) of every image."
+    "Encode all images: q(z|x) of each."
     device = next(vae.parameters()).device
     q = map_batches(lambda x: vae.encode(to_unit(x.to(device), levels, check=False)), batch, images)
     return Normal(torch.cat([p.loc for p in q]), torch.cat([p.scale for p in q]), validate_args=False)
@@ -61,14 +64,16 @@ def log_likelihoods(
     z: torch.Tensor, # [N,L,...], one latent per image
     batch: int, # images per forward pass
 ) -> torch.Tensor: # float64 [N], nats, on the model's device
-    "log p(x|z) of every image."
-    return torch.cat(map_batches(lambda x, z: vae.log_likelihood(to_unit(x.to(z.device), levels, check=False), z).double(), batch, images, z))
+    "Compute log p(x|z) of each image."
+    def of_batch(x, z): return vae.log_likelihood(to_unit(x.to(z.device), levels, check=False), z).double()
+    return torch.cat(map_batches(of_batch, batch, images, z))
 
+# %% ../../nbs/metrics/02_bounds.ipynb #1baaa79c
 def evaluation_noise(
-    q: Normal, # gives shape and device
-    *parts, # what identifies the stream, as in `rng.generator`
+    q: Normal, # of the shape and on the device that the noise should have
+    *parts, # identify the stream, as in `rng.generator`
 ) -> torch.Tensor: # standard normal, shaped like a sample of q
-    "Evaluation noise: drawn on the CPU, so that it is the same on every device."
+    "Draw evaluation noise on the CPU, so that it is the same on every device."
     return torch.randn(q.loc.shape, generator=generator(*parts), dtype=torch.float32).to(q.loc.device)
 
 # %% ../../nbs/metrics/02_bounds.ipynb #cell010
@@ -81,7 +86,9 @@ def elbo(
     batch: int=None, # images per forward pass; None: `batch_size_for`
     seed: int=0, # of the evaluation noise
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "ELBO of each image in evaluation mode (Kingma and Welling 2014, eq. 10); the same noise for every model. Raises as `Family.check`."
+    """Compute the ELBO of each image in evaluation mode (Kingma and Welling 2014, eq. 10).
+
+    Raises `TypeError` or `ValueError` if the images do not fit the likelihood, as `Family.check`."""
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)
@@ -99,9 +106,9 @@ def iwae(
     K: int=1000, # importance samples per image
     batch: int=None, # images per forward pass; None: `batch_size_for`
     seed: int=0, # of the evaluation noise, the same stream as `elbo`'s
-    file=None, # where an interrupted measurement is kept
+    file=None, # where an interrupted measurement is stored; None: nowhere
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "Importance-weighted bound on log p(x) of each image (Burda et al. 2016, eq. 8). Raises as `Family.check`."
+    "Compute the importance-weighted bound of each image (Burda et al. 2016, eq. 8). Raises as `Family.check`."
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)
@@ -111,18 +118,20 @@ def iwae(
             eps = evaluation_noise(q, "elbo", seed, k)
             z = q.loc + q.scale*eps
             ratio = (eps.double()**2 - z.double()**2)/2 + q.scale.double().log() # log p(z)/q(z|x)
-            state["total"] = torch.logaddexp(state["total"], log_likelihoods(vae, images, levels, z, batch) + ratio.flatten(1).sum(1))
+            log_weight = log_likelihoods(vae, images, levels, z, batch) + ratio.flatten(1).sum(1)
+            state["total"] = torch.logaddexp(state["total"], log_weight)
         return (state["total"] - math.log(K)).cpu()
 
 # %% ../../nbs/metrics/02_bounds.ipynb #cell024
 def generalization_gap(
     train, # [N], ELBO of each raw training image
     test, # [M], ELBO of each test image
-    n: int=2000, # resamples
+    n: int=2000, # number of resamples
     seed: int=0, # of the resampling
-    level: float=.95, # of confidence
+    level: float=.95, # confidence level in (0,1)
 ) -> Interval: # nats
-    "Mean train ELBO − mean test ELBO, with a two-sample bootstrap interval."
+    "Compute mean train ELBO − mean test ELBO, with a two-sample bootstrap interval."
     train, test = (torch.as_tensor(v, dtype=torch.float64).cpu() for v in (train, test))
     g = generator("generalization", seed)
-    return percentile_interval(train.mean() - test.mean(), resample_means(train, n, g) - resample_means(test, n, g), level)
+    means = resample_means(train, n, g) - resample_means(test, n, g)
+    return percentile_interval(train.mean() - test.mean(), means, level)
