@@ -18,20 +18,24 @@ from ..likelihoods import family
 
 
 # %% ../../nbs/benchmark/03_metric_cases.ipynb #cell021
-def untrained_vae(n): # -> VAE with random weights, n test images uint8
+def untrained_vae(n): # `models.VAE`, images uint8 [n,1,32,32]
+    "Build a VAE with random weights, and load n test images."
     torch.manual_seed(0)
     images = padded_mnist(1000)
-    return models.fully_connected(images.shape, family("bernoulli")).to(runs.device()), images.test[:n].to(runs.device())
+    vae = models.fully_connected(images.shape, family("bernoulli"))
+    return vae.to(runs.device()), images.test[:n].to(runs.device())
 
+# %% ../../nbs/benchmark/03_metric_cases.ipynb #e7e47fd3
 def attack_ours(n=50, restarts=10, steps=50):
-    "All images and restarts at once."
+    "Time attacks of all images and restarts at once."
     vae, x = untrained_vae(n)
-    gflop = 2*steps*count_gflops(lambda: vae.encode(levels.to_unit(x[:1], 2))) # the gradient costs what the value does
+    gflop = 2*steps*count_gflops(lambda: vae.encode(levels.to_unit(x[:1], 2))) # the gradient costs as much as the value
     calls, seconds = time_calls(lambda: metrics.attack(vae, levels.to_unit(x, 2), restarts, steps), 1)
     return calls*n*restarts, seconds, gflop
 
+# %% ../../nbs/benchmark/03_metric_cases.ipynb #ee15538c
 def attack_loop(n=2, restarts=4, steps=50, lr=1., delta=.1):
-    "One image and one restart at a time, by PyTorch's own optimiser and scheduler."
+    "Time attacks of one image and one restart at a time, by PyTorch's own optimizer and scheduler."
     vae, x = untrained_vae(n)
     def one(x):
         q, eps = vae.encode(x), (.2*torch.randn_like(x)).requires_grad_()
@@ -40,17 +44,21 @@ def attack_loop(n=2, restarts=4, steps=50, lr=1., delta=.1):
         for _ in range(steps):
             eps.data = (x + eps.data).clamp(0, 1) - x
             loss = -robustness.symmetric_kl(vae.encode(x + eps), q).sum()
-            sgd.zero_grad(), loss.backward(), sgd.step(), schedule.step(loss.item())
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            schedule.step(loss.item())
             eps.data.clamp_(-delta, delta)
-    def all():
+    def attack_all():
         with metrics.evaluating(vae):
             for image in levels.to_unit(x, 2):
                 for _ in range(restarts): one(image[None])
-    calls, seconds = time_calls(all, 0)
+    calls, seconds = time_calls(attack_all, 0)
     return calls*n*restarts, seconds, None
 
+# %% ../../nbs/benchmark/03_metric_cases.ipynb #5c189bd6
 def search_q_star(n=1000, batch=1000, steps=200):
-    "q* of `n` images, `batch` at a time."
+    "Time the search for q* of n images, `batch` at a time."
     vae, x = untrained_vae(n)
     samples, starts = 4, 2
     gflop = 2*steps*samples*starts*count_gflops(lambda: vae.decode(torch.zeros(1, *vae.latent_shape, device=x.device)))
@@ -58,12 +66,16 @@ def search_q_star(n=1000, batch=1000, steps=200):
     metrics.amortization_gap(vae, x, 2, steps=steps, samples=samples, batch=batch)
     return n, time.perf_counter() - start, gflop
 
-def compare_ms_ssim(package, n=64, side=176): # packages refuse images that are smaller
-    "MS-SSIM of grey images."
+# %% ../../nbs/benchmark/03_metric_cases.ipynb #d8444c2b
+def compare_ms_ssim(package, n=64, side=176): # "ours", "torchmetrics" or "pytorch_msssim", which need large images
+    "Time MS-SSIM of grey images."
     x = torch.rand(2, n, 1, side, side, generator=rng.generator("bench")).to(runs.device())
-    if package == "ours": f = metrics.ms_ssim
-    elif package == "torchmetrics": from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as f
-    else: from pytorch_msssim import ms_ssim as f
-    more = {"ours": {}, "torchmetrics": {"data_range": 1., "reduction": "none"}, "pytorch_msssim": {"data_range": 1., "size_average": False}}[package]
-    calls, seconds = time_calls(lambda: f(*x, **more), 1)
+    if package == "ours": f, options = metrics.ms_ssim, {}
+    elif package == "torchmetrics":
+        from torchmetrics.functional import image
+        f, options = image.multiscale_structural_similarity_index_measure, {"data_range": 1., "reduction": "none"}
+    else:
+        import pytorch_msssim
+        f, options = pytorch_msssim.ms_ssim, {"data_range": 1., "size_average": False}
+    calls, seconds = time_calls(lambda: f(*x, **options), 1)
     return calls*n, seconds, None
