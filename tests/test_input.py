@@ -107,15 +107,10 @@ def robustness():
     return [found.x_a, found.kl, (r := metrics.compare_attacked(net, unit, found.x_a)).gap, r.gap_sample]
 
 
-def mixture():
-    return sources.Mixture(sources.ShuffledSource(digits.train, 0), sources.ShuffledSource(digits.test, 0), .5, 0)
-
-
 calls = dict(
     likelihoods=lambda folder: likelihoods(), robustness=lambda folder: robustness(), diffusion=diffusion_model, bank=bank,
     normal=lambda folder: fitted(sources.training_source("normal", digits, 0)),
     augmented=lambda folder: fitted(sources.training_source("aug_naive", digits, 0)),
-    mixture=lambda folder: fitted(mixture()),
     elbo=lambda folder: [metrics.elbo(vae(), digits.test[:9], 17, 2), metrics.iwae(vae(), digits.test[:9], 17, 3)],
     amortization=lambda folder: [(g := metrics.amortization_gap(vae(), digits.test[:9], 17, 3, final=4)).gap, g.trace],
     generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1, 2, 4], [2, 3]), dtype=torch.float64)],

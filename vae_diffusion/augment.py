@@ -21,7 +21,10 @@ OPS = "hflip vflip translate scale rotate stretch brightness contrast hue satura
 # %% ../nbs/method/04_augment.ipynb #cell006
 @dataclass(frozen=True)
 class Policy:
-    "How often and how strongly each operation of ADA's pipeline (Karras et al. 2020, appendix B) changes an image. Raises `ValueError` if `b` or `turn` is no probability, or `always` names no operation."
+    """Hold how often and how strongly each operation of ADA's pipeline changes an image.
+
+    Raises `ValueError` if `b` or `turn` is not a probability, or if `always` names an unknown operation.
+    """
     b: float=0.1 # probability that an operation fires on an image, in [0,1]
     always: tuple=() # names of operations that fire on every image
     hflip: bool=False # mirror left and right, half of the time
@@ -38,15 +41,16 @@ class Policy:
     saturation: float=0. # s: multiply the distance from the grey axis by 2^(s·N(0,1))
 
     def __post_init__(self):
-        if not 0 <= self.b <= 1 or not 0 <= self.turn <= 1: raise ValueError(f"b and turn are probabilities: {self}")
-        if not set(self.always) <= set(OPS): raise ValueError(f"always={self.always} must hold names out of {OPS}")
+        if not 0 <= self.b <= 1 or not 0 <= self.turn <= 1: raise ValueError(f"b, turn must be probabilities: {self}")
+        if not set(self.always) <= set(OPS): raise ValueError(f"always={self.always} must hold names from {OPS}")
 
     def chance(self, op: str) -> float: # probability in [0,1]
-        "How likely the operation `op` fires on an image."
+        "Return the probability that the operation `op` fires on an image."
         return 0. if not getattr(self, op) else 1. if op in self.always else self.b
 
 # %% ../nbs/method/04_augment.ipynb #cell009
-naive = Policy(hflip=True, translate=3, scale=0.2, rotate=10, stretch=0.2, turn=0.5, brightness=0.2, contrast=0.25, hue=45, saturation=0.5)
+naive = Policy(hflip=True, translate=3, scale=0.2, rotate=10, stretch=0.2, turn=0.5,
+               brightness=0.2, contrast=0.25, hue=45, saturation=0.5)
 tuned_mnist = Policy(translate=3, scale=0.15, rotate=10, stretch=0.15, turn=0.4)
 tuned_cifar10 = Policy(b=0.12, always=("hflip",), hflip=True, vflip=True, scale=0.2, rotate=180, stretch=0.2, turn=0.5)
 
@@ -70,11 +74,12 @@ def draw_changes(
     policy: Policy, # what may happen
     n: int, # images
     generator: torch.Generator, # all randomness comes from here
-) -> torch.Tensor: # [n,12], columns as in `CHANGES`: flips 0 or 1, shifts in px, angles in radians, the rest base-2 logarithms or an offset
-    "Draws the changes of `n` images, each image and operation independently (Karras et al. 2020, appendix B)."
+) -> torch.Tensor: # [n,12], columns as in `CHANGES`: flips 0 or 1, shifts in px, angles in radians, log2 or an offset
+    "Draw the changes of `n` images, each image and operation independently (Karras et al. 2020, appendix B)."
     at = dict(generator=generator, device=generator.device, dtype=torch.float32)
     chance = torch.tensor([policy.chance(op) for op in OPS], device=generator.device, dtype=torch.float32)
-    hflip, vflip, translate, scale, rotate, stretch, brightness, contrast, hue, saturation = (torch.rand(n, len(OPS), **at) < chance).float().T
+    fires = (torch.rand(n, len(OPS), **at) < chance).float().T
+    hflip, vflip, translate, scale, rotate, stretch, brightness, contrast, hue, saturation = fires
     flip_x, flip_y, x, y, angle, axis, tint, turned = torch.rand(n, 8, **at).T
     z = torch.randn(n, 5, **at).T
     k, degree = policy.translate, math.pi/180
@@ -90,7 +95,7 @@ def draw_changes(
 def rotation_matrices(
     angle, # [n] radians, from the x axis towards the y axis
 ) -> torch.Tensor: # [n,2,2]
-    "Rotation matrices."
+    "Make rotation matrices."
     c, s = angle.cos(), angle.sin()
     return torch.stack([c, -s, s, c], 1).unflatten(1, (2, 2))
 
@@ -105,7 +110,7 @@ def inverse_map(
     stretch, # [n] log2 of the stretch along `axis`
     axis, # [n] radians, clockwise from horizontal
 ) -> tuple[torch.Tensor, torch.Tensor]: # matrix [n,2,2], offset [n,2] in px
-    "Where each output position comes from: input = matrix @ output + offset."
+    "Compose the inverse operations: input position = matrix @ output position + offset."
     flip = torch.stack([1 - 2*hflip, 1 - 2*vflip], 1)
     squeeze = torch.stack([-stretch, stretch], 1).exp2()
     matrix = rotation_matrices(axis - angle) * squeeze[:, None] @ rotation_matrices(-axis)
@@ -116,7 +121,7 @@ def warp(
     x, # [n,C,H,W] in [0,1], H and W at least 2
     changes, # [n,12] of `draw_changes`, of which the first 8 count
 ) -> torch.Tensor: # like x
-    "Applies the geometric changes in one bilinear resampling with reflected borders."
+    "Apply the geometric changes in one bilinear resampling with reflected borders."
     matrix, offset = inverse_map(*changes[:, :8].T)
     half = changes.new_tensor([x.shape[3] - 1, x.shape[2] - 1])/2
     theta = torch.cat([matrix*half/half[:, None], (offset/half)[..., None]], 2).to(x)
@@ -128,7 +133,7 @@ def change_colours(
     x, # [n,C,H,W] in [0,1], C = 1 or 3
     changes, # [n,12] of `draw_changes`, of which the last 4 count
 ) -> torch.Tensor: # like x
-    "Applies the colour changes as one affine map per image, and clamps to [0,1]."
+    "Apply the colour changes as one affine map per image, and clamp to [0,1]."
     brightness, contrast, hue, saturation = changes[:, 8:, None, None].to(x).unbind(1)
     c = contrast.exp2()
     offset = (1 + c*brightness - c)/2
@@ -144,9 +149,10 @@ def augment(
     generator: torch.Generator, # all randomness comes from here; may live on another device than x
     policy: Policy, # what may happen
 ) -> torch.Tensor: # like x; a new tensor
-    "A random copy of each image (Karras et al. 2020, appendix B). Raises `ValueError` if `x` is no batch of images, or as `levels.check_unit`."
+    "Transform each image at random. Raises `ValueError` if `x` has another shape, or as `levels.check_unit`."
     check_unit(x)
-    if x.ndim != 4 or x.shape[1] not in (1, 3): raise ValueError(f"x must be [n,1,H,W] or [n,3,H,W], not {list(x.shape)}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise ValueError(f"x must be [n,1,H,W] or [n,3,H,W], not {list(x.shape)}")
     out, changes = x.clone(), draw_changes(policy, len(x), generator)
     for columns, apply in ((slice(8), warp), (slice(8, 10 if x.shape[1] == 1 else 12), change_colours)):
         idx = changes[:, columns].any(1).nonzero().squeeze(1)
@@ -159,7 +165,7 @@ def augmentation(
     method: str, # "aug_naive" or "aug_tuned"
     dataset: str, # name of a data set
 ): # a function (x [n,C,H,W] in [0,1], generator) -> x
-    "The augmentation of a method on a data set. Raises `ProjectError` if there is none."
+    "Return the augmentation of a method on a data set. Raises `ProjectError` if there is none."
     if (method, dataset) not in POLICIES:
         raise ProjectError(f"there is no augmentation {method!r} for {dataset!r}. There are: "
                            + ", ".join(f"{m} for {d}" for m, d in POLICIES) + ".")

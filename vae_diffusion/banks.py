@@ -18,13 +18,16 @@ from .levels import to_levels
 
 # %% ../nbs/method/11_banks.ipynb #cell008
 class SampleBank:
-    "Diffusion samples in a folder: `len(bank)`, `bank[rows]`, and `fill` to make or extend it."
+    "Read and extend diffusion samples in a folder: `len(bank)`, `bank[rows]`, `bank.fill(pipe, count)`."
     def __init__(self,
-        folder, # of the shards and `manifest.json`; may not exist yet
+        folder, # of the shards and `manifest.json`; it need not exist yet
         verify: bool=True, # check the digest of every shard
     ):
-        "Opens a bank. Raises `ProjectError` if its manifest or a shard is missing, truncated or altered."
+        "Open a bank. Raises `ProjectError` if its manifest or a shard is missing, truncated or altered."
         self.folder = Path(folder)
+        self._open(verify)
+
+    def _open(self, verify):
         while True:
             self.manifest = self._manifest()
             try: self.maps = [self._shard(s, verify) for s in self.manifest["shards"]]
@@ -37,25 +40,27 @@ class SampleBank:
 
     def _manifest(self):
         path = self.folder/"manifest.json"
-        if not os.path.exists(path) and any(self.folder.glob("*.npy")): self._refuse(path, "a manifest", "none beside the shards")
-        return json.loads(files.read_verified(path)) if os.path.exists(path) else {"count": 0, "seconds": 0., "identity": {}, "shards": []}
+        if os.path.exists(path): return json.loads(files.read_verified(path))
+        if any(self.folder.glob("*.npy")): self._reject(path, "a manifest", "none beside the shards")
+        return {"count": 0, "seconds": 0., "identity": {}, "shards": []}
 
     def _shard(self, shard, verify):
         path = self.folder/shard["file"]
         try:
-            if verify and (found := files.file_digest(path)) != shard["digest"]: self._refuse(path, shard["digest"], found)
+            found = files.file_digest(path) if verify else shard["digest"]
+            if found != shard["digest"]: self._reject(path, shard["digest"], found)
             try: return np.load(path, mmap_mode="r")
             except OSError: return np.load(path) # on a disk that cannot be mapped into memory
-        except OSError as e: self._refuse(path, shard["digest"], f"no readable file ({e.strerror or e})")
+        except OSError as e: self._reject(path, shard["digest"], f"no readable file ({e.strerror or e})")
 
-    def _refuse(self, path, expected, found):
+    def _reject(self, path, expected, found):
         raise ProjectError(f"{path}: expected {expected}, found {found}. "
             f"Restore the file, or delete the folder {self.folder} and run the sample_bank notebook again.")
 
     def __getitem__(self,
         index, # of rows, as in `batches.row_indices`
     ): # -> uint8 [...,C,H,W]
-        "Images by row, as NumPy means it. Raises `ProjectError` if there are none, or as `batches.row_indices`."
+        "Read images by row, with NumPy's indexing. Raises `ProjectError` if the bank is empty, or as `row_indices`."
         if not len(self): raise ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
         rows = row_indices(index, len(self))
         out = np.empty((*rows.shape, *self.manifest["identity"]["shape"]), np.uint8)
@@ -64,46 +69,52 @@ class SampleBank:
         return torch.from_numpy(out)
 
 # %% ../nbs/method/11_banks.ipynb #cell011
-GENERATORS = {"counter": rng.nth_generator, # image i of a bank is drawn with the generator of i, "bank" and the bank's seed
-         "seeded": lambda i, *parts: rng.generator(*parts, i)} # of 600,000 images, 48 repeat the noise of others
+GENERATORS = {
+    "counter": rng.nth_generator, # a state of its own for every image
+    "seeded": lambda i, *parts: rng.generator(*parts, i), # 32-bit seeds: of 600,000 images, 48 repeat another's noise
+}
 
 def image_generators(
     rows, # numbers of images
     seed: int=0, # of the bank
     noise: str="counter", # one of `GENERATORS`
 ) -> list: # of `torch.Generator`
-    "What the images of a bank are drawn with. Raises `ValueError` if there is no such noise."
+    "Make the generators of a bank's images. Raises `ValueError` if `noise` is not in `GENERATORS`."
     if noise not in GENERATORS: raise ValueError(f"noise {noise!r} is none of {', '.join(GENERATORS)}")
     return [GENERATORS[noise](i, "bank", seed) for i in rows]
+
+def _bank_identity(pipe, seed, noise, batch, shard, sampler):
+    "Return what decides the images of a bank, as its manifest stores it. Raises as `image_generators`."
+    image_generators([], seed, noise)
+    named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as every manifest names it
+    identity = pipe.identity() | {"sampler": named, "seed": seed, "batch": batch, "shard": shard}
+    if noise != "seeded": identity["noise"] = noise # older banks have no such entry
+    return json.loads(json.dumps(identity))
 
 def fill(
     self: SampleBank,
     pipe, # as `sampling.EDMPipeline` is called; its `identity()` is a dict with "levels" and "shape"
     count: int, # images wanted in the bank
     seed: int=0, # of the bank
-    noise: str="counter", # with the seed and i, decides what image i is drawn with: see `image_generators`
+    noise: str="counter", # kind of the images' generators, see `image_generators`
     batch: int=256, # images drawn together, or `pipe.batch` if that is more; a divisor of `shard`
-    shard: int=4096, # images in a file
+    shard: int=4096, # images per file
     seconds: float=60, # between two writes of an unfinished shard
     progress: bool=True, # show a progress bar
     **sampler, # further arguments of `pipe`, such as num_inference_steps=10, solver="multistep"
 ) -> SampleBank: # itself
-    "Draws what the bank lacks. Raises `ProjectError` if the bank holds samples of another origin, `ValueError` if `batch` does not divide `shard` or there is no such noise."
+    "Draw the images that the bank lacks. Raises `ProjectError` for another identity, `ValueError` for unfit arguments."
     size = max(batch, getattr(pipe, "batch", 0))
     if shard % size: raise ValueError(f"batch {size} does not divide shard {shard}")
-    image_generators([], seed, noise) # raises if there is no such noise
-    named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as every manifest names it
-    identity = pipe.identity() | {"sampler": named, "seed": seed, "batch": batch, "shard": shard} | ({} if noise == "seeded" else {"noise": noise}) # older banks have no such entry
-    identity = json.loads(json.dumps(identity))
+    identity = _bank_identity(pipe, seed, noise, batch, shard, sampler)
     self._same(identity)
     if 0 < count <= len(self): return self
     def draw(rows):
-        return to_levels(pipe(len(rows), image_generators(rows.tolist(), seed, noise), output_type="pt", **sampler).images, identity["levels"]).cpu()
-    with locks.folder_lock(self.folder), stopping.stoppable(lambda: (len(self), count, "images"), at_once=True) as asked:
-        self.__init__(self.folder, verify=False) # another process may have filled it meanwhile
-        self._same(identity)
-        if not self.manifest["identity"]: self._keep([], 0, 0., identity) # before the first shard, which would be refused without
-        self._tidy()
+        generators = image_generators(rows.tolist(), seed, noise)
+        return to_levels(pipe(len(rows), generators, output_type="pt", **sampler).images, identity["levels"]).cpu()
+    with (locks.folder_lock(self.folder),
+          stopping.stoppable(lambda: (len(self), count, "images"), at_once=True) as asked):
+        self._prepare(identity)
         with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
             while len(self) < count and not asked:
                 start, first, began = len(self)//shard*shard, len(self)//size*size, time.monotonic()
@@ -114,13 +125,22 @@ def fill(
                         bar.update(min(b + size, stop) - max(b, len(self)))
                         if time.monotonic() - began > seconds or asked: break
                 finally: # also when it is stopped
-                    old = [self[start:first]] if first > start else []
-                    if new: self._add(start, torch.cat(old + new)[:stop - start].numpy(), identity, time.monotonic() - began)
+                    if new:
+                        old = [self[start:first]] if first > start else []
+                        images = torch.cat(old + new)[:stop - start].numpy()
+                        self._add(start, images, identity, time.monotonic() - began)
     return self
 
 # %% ../nbs/method/11_banks.ipynb #cell012
+def _prepare(self: SampleBank, identity):
+    "Open the bank again, in case another process has filled it, and make it ready for new shards. Raises as `_same`."
+    self._open(verify=False)
+    self._same(identity)
+    if not self.manifest["identity"]: self._keep([], 0, 0., identity) # shards without a manifest would be rejected
+    self._tidy()
+
 def _add(self: SampleBank, start, images, identity, seconds):
-    "Writes a shard, then the manifest, then removes the file that the shard replaces."
+    "Write a shard, then the manifest, then remove the file that the shard replaces."
     stop = start + len(images)
     path = self.folder/f"{start:08d}-{stop:08d}.npy"
     with files.atomic_write(path) as tmp, open(tmp, "wb") as f: np.save(f, images)
@@ -131,22 +151,23 @@ def _add(self: SampleBank, start, images, identity, seconds):
     self._tidy()
 
 def _same(self: SampleBank, identity):
-    "Raises `ProjectError` if the bank holds samples of another identity."
-    was, identity = ({"noise": "seeded"} | i for i in (self.manifest["identity"] or identity, identity)) # that of banks which name none
+    "Raise `ProjectError` if the bank holds samples of another identity."
+    was, identity = ({"noise": "seeded"} | i for i in (self.manifest["identity"] or identity, identity)) # the default
     if was != identity: raise ProjectError(f"The bank {self.folder} holds other samples: " +
-        ", ".join(f"{k} is {was.get(k)}, asked for {v}" for k, v in identity.items() if was.get(k) != v) +
-        ". Ask for the same, or use another folder.")
+        ", ".join(f"{k} is {was.get(k)}, requested is {v}" for k, v in identity.items() if was.get(k) != v) +
+        ". Request the same, or use another folder.")
 
 def _keep(self: SampleBank, shards, count, seconds, identity):
-    "Writes the manifest."
+    "Write the manifest."
     self.manifest = {"count": count, "seconds": round(seconds, 3), "identity": identity, "shards": shards}
     files.write_text(self.folder/"manifest.json", json.dumps(self.manifest, indent=1), checksum=True)
 
 def _tidy(self: SampleBank):
-    "Removes shards that the manifest does not name, and what a killed process was writing."
+    "Remove shards that the manifest does not name, and what a killed process was writing."
     names = {s["file"] for s in self.manifest["shards"]}
     for f in [*self.folder.glob("*.npy"), *self.folder.glob(".*.tmp")]:
         if f.name not in names:
             with errors.disk_errors(f): f.unlink(missing_ok=True)
 
-SampleBank.fill, SampleBank._add, SampleBank._same, SampleBank._keep, SampleBank._tidy = fill, _add, _same, _keep, _tidy
+SampleBank.fill, SampleBank._prepare, SampleBank._add = fill, _prepare, _add
+SampleBank._same, SampleBank._keep, SampleBank._tidy = _same, _keep, _tidy

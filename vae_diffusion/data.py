@@ -25,21 +25,25 @@ from .levels import pad
 # %% ../nbs/method/01_data.ipynb #cell012
 def stratified_indices(
     labels: torch.Tensor, # int64 [N]
-    n: int, # how many, 0 for all
-    what: str="the data set", # for the error message
+    n: int, # number of images, 0 for all
+    what: str="the data set", # its name in an error message
 ) -> torch.Tensor: # int64 [n], ascending indices
-    "A fixed stratified choice of `n` images. Raises `ProjectError` if there are not so many, or too few to choose or to leave of every class."
-    if n in (0, len(labels)): return torch.arange(len(labels))
-    if not 0 < n < len(labels): raise ProjectError(f"{what} has {len(labels)} images, not {n}: choose fewer, or 0 for all")
-    classes = len(labels.unique())
-    if not classes <= n <= len(labels) - classes: raise ProjectError(f"{what} has {classes} classes, of which {n} of {len(labels)} images cannot be a choice: choose {classes} to {len(labels) - classes}, or 0 for all")
+    "Choose `n` images, stratified and always the same. Raises `ProjectError` if a class would be empty or used up."
+    total, classes = len(labels), len(labels.unique())
+    if n in (0, total): return torch.arange(total)
+    if not 0 < n < total: raise ProjectError(f"{what} has {total} images, not {n}: choose fewer, or 0 for all")
+    if not classes <= n <= total - classes: raise ProjectError(
+        f"{n} of the {total} images of {what} cannot be chosen so that each of {classes} classes is represented: "
+        f"choose {classes} to {total - classes}, or 0 for all")
     from sklearn.model_selection import train_test_split
-    return torch.tensor(np.sort(train_test_split(np.arange(len(labels)), train_size=n, stratify=labels, random_state=seed_of("some", n) % 2**32)[0]))
+    seed = seed_of("some", n) % 2**32
+    chosen, _ = train_test_split(np.arange(total), train_size=n, stratify=labels, random_state=seed)
+    return torch.tensor(np.sort(chosen))
 
 # %% ../nbs/method/01_data.ipynb #cell015
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "Train and test images with their labels. Raises `TypeError` or `ValueError` if the parts do not fit together."
+    "Hold train and test images with their labels. Raises `TypeError` or `ValueError` if the parts do not fit together."
     name: str # one of `names`
     levels: int # how many values a pixel can take, 2..256
     train: torch.Tensor # uint8 [N,C,H,W] in 0..levels-1
@@ -51,59 +55,67 @@ class Dataset:
         if not 2 <= self.levels <= 256: raise ValueError(f"{self.name}: levels must be 2..256, found {self.levels}")
         self._check("train", self.train, self.train_labels)
         self._check("test", self.test, self.test_labels)
-        if self.test.shape[1:] != self.train.shape[1:]: raise ValueError(f"{self.name}: train and test images differ in shape")
+        if self.test.shape[1:] != self.train.shape[1:]:
+            raise ValueError(f"{self.name}: train and test images differ in shape")
 
     def _check(self, part, x, labels):
         where = f"{self.name} {part}"
-        if x.dtype != torch.uint8 or labels.dtype != torch.int64: raise TypeError(f"{where}: images must be uint8 and labels int64")
-        if x.ndim != 4 or 0 in x.shape: raise ValueError(f"{where}: expected [N,C,H,W], none of them 0, found {list(x.shape)}")
-        if labels.shape != x.shape[:1]: raise ValueError(f"{where}: {len(x)} images but labels {list(labels.shape)}")
-        if self.levels < 256 and x.max() >= self.levels: raise ValueError(f"{where}: {x.max()} is not below {self.levels} levels")
+        if x.dtype != torch.uint8 or labels.dtype != torch.int64:
+            raise TypeError(f"{where}: images must be uint8 and labels int64")
+        if x.ndim != 4 or 0 in x.shape:
+            raise ValueError(f"{where}: expected [N,C,H,W], none of them 0, found {list(x.shape)}")
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"{where}: {len(x)} images but labels of shape {list(labels.shape)}")
+        if self.levels < 256 and x.max() >= self.levels:
+            raise ValueError(f"{where}: {x.max()} is not below {self.levels} levels")
 
     @property
     def shape(self) -> tuple: # C, H, W
-        "The shape of one image."
+        "Return the shape of one image."
         return tuple(self.train.shape[1:])
 
     def to(self,
-        device, # where the images shall lie
+        device, # of the images
     ):
-        "The same data with its images on a device. Labels stay."
+        "Move the images to a device; the labels stay where they are."
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
     def pad(self,
         size: int, # the new height and width, pixels
     ):
-        "The same images centred on a ground of zeros. Raises `ProjectError` if they do not fit."
+        "Pad the images with zeros, centred. Raises `ProjectError` if they do not fit."
         return replace(self, train=pad(self.train, size), test=pad(self.test, size))
 
     def subset(self,
-        n_train: int=0, # how many training images, 0 for all
-        n_test: int=0, # how many test images, 0 for all
+        n_train: int=0, # number of training images, 0 for all
+        n_test: int=0, # number of test images, 0 for all
     ):
-        "A fixed random part of either, stratified by class. Raises `ProjectError` if there are not so many."
-        train, test = stratified_indices(self.train_labels, n_train, f"{self.name} train"), stratified_indices(self.test_labels, n_test, f"{self.name} test")
-        return replace(self, train=self.train[train], test=self.test[test], train_labels=self.train_labels[train], test_labels=self.test_labels[test])
+        "Choose a fixed part of either, stratified by class. Raises as `stratified_indices`."
+        train = stratified_indices(self.train_labels, n_train, f"{self.name} train")
+        test = stratified_indices(self.test_labels, n_test, f"{self.name} test")
+        return replace(self, train=self.train[train], test=self.test[test],
+                       train_labels=self.train_labels[train], test_labels=self.test_labels[test])
 
     def __repr__(self):
-        c, h, w = self.shape
-        return f"{self.name}: {len(self.train):,} train and {len(self.test):,} test images, {c}×{h}×{w}, {self.levels} levels"
+        (c, h, w), train, test = self.shape, len(self.train), len(self.test)
+        return f"{self.name}: {train:,} train and {test:,} test images, {c}×{h}×{w}, {self.levels} levels"
 
 # %% ../nbs/method/01_data.ipynb #cell020
 def split_digits() -> Dataset:
-    "scikit-learn's digits, split into 1,437 train and 360 test images."
-    from sklearn.datasets import load_digits # imported here, for it is slow and the other data sets do without it
+    "Split scikit-learn's digits into 1,437 train and 360 test images."
+    from sklearn.datasets import load_digits # imported here, because the import is slow
     from sklearn.model_selection import train_test_split
     x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
     x, y = x.reshape(-1, 1, 8, 8).to(torch.uint8), y.long()
-    parts = train_test_split(np.arange(len(x)), test_size=360, stratify=y, random_state=seed_of("digits", "split") % 2**32)
+    seed = seed_of("digits", "split") % 2**32
+    parts = train_test_split(np.arange(len(x)), test_size=360, stratify=y, random_state=seed)
     train, test = (torch.tensor(np.sort(part)) for part in parts)
     return Dataset("digits", 17, x[train], x[test], y[train], y[test])
 
 # %% ../nbs/method/01_data.ipynb #cell028
 @dataclass(frozen=True)
 class Source:
-    "Where a data set is published, and how its files are known."
+    "Describe where a data set is published, and how its files are recognised."
     folder: str # the folder of its files, below the data folder
     levels: int # how many values a pixel can take
     mirrors: tuple # addresses ending in "/", tried in order
@@ -113,7 +125,8 @@ class Source:
     also: tuple=() # other folders in which the files may lie
 
 # %% ../nbs/method/01_data.ipynb #cell050
-idx_files = "train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz", "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"
+idx_files = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
+             "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
 idx_sizes = 47_040_016, 60_008, 7_840_016, 10_008
 
 # %% ../nbs/method/01_data.ipynb #cell051
@@ -155,7 +168,7 @@ def download(
     folder: Path, # where it goes
     retries: int=1, # further tries at each mirror, a second or more apart
 ) -> Path: # the container
-    "A published container, downloaded with a progress bar unless it is there. Raises `ProjectError` if no mirror has it."
+    "Download a published container unless it is there. Raises `ProjectError` if no mirror has it."
     try:
         if md5_digest((folder/file).read_bytes()) == md5: return folder/file # look first, lock only to write
     except OSError: pass
@@ -163,17 +176,20 @@ def download(
     with folder_lock(folder):
         for mirror in mirrors:
             store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
-            try: return Path(store.fetch(file, downloader=pooch.HTTPDownloader(progressbar=tqdm(total=1, unit="B", unit_scale=True, leave=False), timeout=(10, 30))))
+            bar = tqdm(total=1, unit="B", unit_scale=True, leave=False)
+            downloader = pooch.HTTPDownloader(progressbar=bar, timeout=(10, 30))
+            try: return Path(store.fetch(file, downloader=downloader))
             except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
     raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
-        f"Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds {folder.name}/ with the published files."]))
+        "Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds "
+        f"{folder.name}/ with the published files."]))
 
 # %% ../nbs/method/01_data.ipynb #cell068
 def extract(
     archive: Path, # a tar.gz file
     files: dict, # expected file -> (bytes, MD5)
 ):
-    "Writes the expected files of an archive beside it, each whole. Raises `ProjectError` if one is not in it."
+    "Write the expected files of an archive beside it, each atomically. Raises `ProjectError` if one is missing."
     missing = set(files)
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -184,14 +200,16 @@ def extract(
                 missing.remove(name)
                 if not missing: return
     except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
-        raise ProjectError(f"{archive}: expected a tar.gz archive, found one that cannot be unpacked ({e}). Delete it and run the same command again.") from e
-    raise ProjectError(f"{archive}: expected {', '.join(sorted(missing))} in it, found none of that length. Delete it and run the same command again.")
+        raise ProjectError(f"{archive}: expected a tar.gz archive, found one that cannot be unpacked ({e}). "
+                           "Delete it and run the same command again.") from e
+    raise ProjectError(f"{archive}: expected {', '.join(sorted(missing))} in it, found none of that length. "
+                       "Delete it and run the same command again.")
 
 # %% ../nbs/method/01_data.ipynb #cell075
 def fetch(
     source: Source, # what to download
 ) -> Path: # the folder that holds its files
-    "Downloads and unpacks what the cache folder does not hold yet. Raises `ProjectError` if that fails."
+    "Download and unpack what the cache folder does not hold yet. Raises `ProjectError` if that fails."
     here = cache()/"datasets"/source.folder
     for file, md5 in source.containers.items():
         if file not in source.files and all(os.path.exists(here/f) for f in source.files): continue
@@ -205,12 +223,12 @@ def locate(
     folder: Path, # that was named
     file: str, # one of `source.files`
 ) -> Path: # where it should be, if it is nowhere
-    "Where a file lies: in a folder of the data set or the named one itself, under its own name or its content's."
+    "Find a file in a folder of the data set or the given one itself, compressed or not."
     spots = [folder/place/name for place in (source.folder, *source.also, "") for name in (file, Path(file).stem)]
     return next((path for path in spots if path.exists()), spots[0])
 
 def describe_folder(folder: Path) -> str: # a sentence
-    "What lies in a folder."
+    "Describe what a folder holds, for an error message."
     try: lie = sorted(os.listdir(folder))
     except OSError as e: return f"{folder} cannot be listed ({e.strerror})."
     return f"In {folder} lie {', '.join(lie[:10]) + ', ...'*(len(lie) > 10) or 'no files'}."
@@ -220,7 +238,7 @@ def load(
     name: str, # one of `names`
     folder=None, # of the published files, as in `locate`; default `VAE_DIFFUSION_DATA`, else they are downloaded
 ) -> Dataset:
-    "A data set, every file checked. Raises `ProjectError` if there is no such data set, or a file is missing or not the published one."
+    "Load a data set and check every file. Raises `ProjectError` for an unknown name or a missing or altered file."
     if name not in names: raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(names)}.")
     if name == "digits": return split_digits()
     source, given = sources[name], folder or folder_from_env("VAE_DIFFUSION_DATA", root())

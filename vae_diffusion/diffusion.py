@@ -20,11 +20,11 @@ def unet(
     channels: int, # of an image
     widths: tuple, # channels at each resolution, multiples of 8, the finest first
     layers: int=1, # residual blocks at each resolution
-    dropout: float=0., # in [0,1)
+    dropout: float=0., # dropout probability, in [0,1)
 ): # -> UNet2DModel
-    "A `UNet2DModel` of diffusers. Raises `ValueError` if the image cannot be halved often enough."
+    "Make a `UNet2DModel` of diffusers. Raises `ValueError` if `size` cannot be halved often enough."
     from diffusers import UNet2DModel
-    if size % 2**(len(widths)-1): raise ValueError(f"{size} pixels cannot be halved {len(widths)-1} times")
+    if size % 2**(len(widths)-1): raise ValueError(f"a side of {size} pixels cannot be halved {len(widths)-1} times")
     return UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
         layers_per_block=layers, dropout=dropout, norm_num_groups=8, add_attention=False,
@@ -32,17 +32,17 @@ def unet(
 
 # %% ../nbs/method/05_diffusion.ipynb #cell009
 def preconditioning(
-    sigma, # [n], noise levels > 0
+    sigma, # [n], noise levels σ > 0
     sigma_data: float, # standard deviation of the images in [-1,1]
 ): # -> c_skip, c_out, c_in [n,1,1,1] and c_noise [n]
-    "The preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
+    "Compute the preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
     level, d = sigma.reshape(-1, 1, 1, 1), sigma_data
     total = (level**2 + d**2).sqrt()
     return d**2/total**2, level*d/total, 1/total, sigma.log()/4
 
 # %% ../nbs/method/05_diffusion.ipynb #cell012
 class Denoiser(nn.Module):
-    "The expected clean image D(x;σ), given a noisy one: Karras et al. 2022, equation 7."
+    "Predict the clean image D(x;σ) = E[y|x] from a noisy one: Karras et al. 2022, equation 7."
     def __init__(self,
         net, # takes ([n,C,H,W], [n]) and returns an object with `.sample` [n,C,H,W], such as a UNet2DModel
         sigma_data: float=0.5, # standard deviation of the images in [-1,1]
@@ -67,8 +67,8 @@ def denoising_loss(
     generator, # on the device of x
     p_mean: float=-1.2, # mean of ln σ
     p_std: float=1.2, # standard deviation of ln σ
-): # -> [n], mean squared error a pixel, in units in which a network that returns 0 scores about 1
-    "EDM's denoising loss, one value an image: Karras et al. 2022, equations 2 and 8, table 1."
+): # -> [n], weighted mean squared error per pixel; a network that returns 0 scores about 1
+    "Draw noise and compute EDM's loss of each image: Karras et al. 2022, equations 2 and 8, table 1."
     draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device, dtype=torch.float32)
     sigma = (p_mean + p_std*draw(len(x))).exp()
     noisy = x + sigma.reshape(-1, 1, 1, 1)*draw(*x.shape)
@@ -81,14 +81,17 @@ def nll_bound(
     denoiser, # D(x;σ)
     images, # uint8 [n,C,H,W], values 0..levels-1
     levels: int, # of a pixel
-    sigma_min: float, # least noise
-    sigma_max: float, # most noise
-    draws: int=8, # noise levels for each image
-    seed: int=0, # of levels and noise
+    sigma_min: float, # lowest noise level
+    sigma_max: float, # highest noise level
+    draws: int=8, # noise levels per image
+    seed: int=0, # of noise levels and noise
     batch: int=250, # images at a time
     progress: bool=False, # show a progress bar
 ): # -> float64 [n], nats per image, on the CPU
-    "Variational bound on -log p(image): Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 18, at continuous time. Raises as `levels.check_levels`."
+    """Estimate the variational bound on -log p(image) in continuous time. Raises as `levels.check_levels`.
+
+    Kingma et al. 2021 (arXiv 2107.00630), equations 11 to 18.
+    """
     check_levels(images, levels)
     device = next(iter(denoiser.parameters()), images).device
     span = math.log(sigma_max/sigma_min)
@@ -97,7 +100,8 @@ def nll_bound(
     for i, part in enumerate(tqdm(images.split(batch), disable=not progress, leave=False)):
         g = rng.generator("bound", seed, i)
         n, y = len(part), 2*to_unit(part.to(device), levels, check=False) - 1
-        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*torch.randn(y.shape, generator=g, dtype=torch.float32).to(device)
+        draw = lambda: torch.randn(y.shape, generator=g, dtype=torch.float32).to(device)
+        noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*draw()
         total = y.square().sum((1, 2, 3)).double()/(2*sigma_max**2)
         for j in range(draws):
             sigma = sigma_min*(span*(j + torch.rand(n, generator=g, dtype=torch.float32))/draws).exp().to(device)

@@ -21,16 +21,16 @@ from .recipe import Recipe, batch_indices, ema_decay, learning_rate
 
 # %% ../nbs/method/08_diffusion_training.ipynb #graphed
 class Graphed:
-    "A function that works in place on the GPU, replayed as one CUDA graph after a few plain calls."
-    plain_calls = 3 # in which libraries choose their kernels
+    "Replay a function that works in place on the GPU as one CUDA graph, after a few plain calls."
+    plain_calls = 3 # during which libraries choose their kernels
 
     def __init__(self,
-        function, # of one tensor, always of the same shape, which it may change; returns nothing and never waits for the GPU
-        generator, # of its random numbers; the caller seeds it before each call
+        function, # of one tensor of fixed shape, which it may change; it must not synchronise with the GPU
+        generator, # of its random numbers, seeded by the caller before each call
     ):
         self.function, self.generator, self.calls, self.stream = function, generator, 0, torch.cuda.Stream()
 
-    def __call__(self, x): # -> what the function worked on: x, or the graph's copy of it
+    def __call__(self, x): # -> the tensor on which the function worked: x, or the graph's copy of it
         self.calls += 1
         if self.calls <= self.plain_calls:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -47,11 +47,11 @@ class Graphed:
 
 # %% ../nbs/method/08_diffusion_training.ipynb #cell037
 class TrainingState:
-    "All that changes while a diffusion model trains."
+    "Hold everything that changes while a diffusion model trains."
     def __init__(self,
         net, # UNet2DModel, trained in place
         recipe: Recipe, # how to train
-        compiled: bool=False, # the network is compiled and, on a GPU, the step replayed as one CUDA graph
+        compiled: bool=False, # compile the network and, on a GPU, replay the step as one CUDA graph
     ):
         first = next(net.parameters())
         if first.is_cuda: net.to(memory_format=torch.channels_last)
@@ -76,7 +76,7 @@ class TrainingState:
     def plain(self,
         x, # [batch,C,H,W] in [-1,1]
     ):
-        "The arithmetic of one step."
+        "Make one step: gradient, optimisers, moving average."
         self.net.zero_grad()
         value = denoising_loss(self.denoiser, x, self.generator, self.recipe.p_mean, self.recipe.p_std).mean()
         value.backward()
@@ -90,7 +90,7 @@ class TrainingState:
     def step(self,
         x, # [batch,C,H,W] in [-1,1]
     ):
-        "One step of the optimizers and of the moving average."
+        "Set the rates and the random numbers of the next step, and make it."
         r, seen = self.recipe, self.images + len(x)
         rate = learning_rate(r, seen)
         for group in self.adam.param_groups: group["lr"].fill_(rate)
@@ -109,22 +109,22 @@ class TrainingState:
         self.steps += 1
 
     def seed(self):
-        "Seeds the noise and the dropout of the coming step."
+        "Seed the noise and the dropout of the next step."
         torch.manual_seed(rng.seed_of("dropout", self.recipe.seed, self.steps))
         self.generator.manual_seed(rng.seed_of("diffusion", self.recipe.seed, self.steps))
 
     def mean_loss(self):
-        "Mean loss since the last point of the curve. Raises `ProjectError` if it is not finite."
+        "Return the mean loss since the last point of the curve. Raises `ProjectError` if it is not finite."
         mean = self.total.item()/self.counted
         if not math.isfinite(mean): raise ProjectError(
             f"The loss became {mean} between images {self.images - self.counted*self.recipe.batch} and {self.images}. "
-            "Lower lr, lengthen warmup_images, or use precision float32; then train in a new folder.")
+            "Lower lr, increase warmup_images, or use precision float32; then train in a new folder.")
         return mean
 
     def log(self,
         extra: dict={}, # further columns
     ):
-        "Adds a point to the curve."
+        "Add a point to the curve. Raises as `mean_loss`."
         self.curve.append({"images": self.images, "loss": self.mean_loss(), "seconds": self.seconds, **extra})
         self.total.zero_()
         self.counted = 0
@@ -135,13 +135,13 @@ def save_state(
     path, # of the checkpoint
     config: dict, # of the run
 ):
-    "Writes a checkpoint, whole or not at all. Raises `ProjectError` if the loss is not finite."
+    "Write a checkpoint atomically. Raises `ProjectError` if the loss is not finite."
     if state.counted: state.mean_loss()
     nets = {f"{name}.{k}": v for name in ("net", "ema") for k, v in getattr(state, name).state_dict().items()}
     moments = {f"adam.{i}.{k}": v for i, s in state.adam.state_dict()["state"].items() for k, v in s.items()}
     averages = {f"muon.{i}": m for i, m in enumerate(state.muon.averages)}
-    files.save_tensors(path, nets | moments | averages | {"total": state.total},
-        {"config": config, "steps": state.steps, "counted": state.counted, "seconds": state.seconds, "curve": state.curve})
+    note = {"config": config} | {k: getattr(state, k) for k in ("steps", "counted", "seconds", "curve")}
+    files.save_tensors(path, nets | moments | averages | {"total": state.total}, note)
 
 # %% ../nbs/method/08_diffusion_training.ipynb #cell040
 def load_state(
@@ -149,7 +149,7 @@ def load_state(
     path, # of the checkpoint
     config: dict, # of the run
 ):
-    "Continues from a checkpoint. Raises `ProjectError` if it is damaged or of another configuration."
+    "Restore the state from a checkpoint. Raises `ProjectError` if it is damaged or of another configuration."
     tensors, note = files.load_tensors(path, state.total.device)
     if differs := [k for k in config if note["config"].get(k) != config[k]]: raise ProjectError(
         f"{path} was trained with another configuration: " +
@@ -160,7 +160,8 @@ def load_state(
     moments, (group,) = {}, state.adam.param_groups
     for k, v in part("adam").items():
         i, name = k.split(".")
-        moments.setdefault(int(i), {})[name] = torch.empty_like(group["params"][int(i)]).copy_(v) if v.ndim else v # in the memory format of the weights
+        if v.ndim: v = torch.empty_like(group["params"][int(i)]).copy_(v) # in the memory format of the weights
+        moments.setdefault(int(i), {})[name] = v
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
     for i, m in enumerate(state.muon.averages): m.copy_(tensors[f"muon.{i}"])
     state.total.copy_(tensors["total"])
@@ -172,36 +173,50 @@ def training_identity(
     images, # uint8 [n,C,H,W]
     levels: int, # of a pixel
     recipe: Recipe, # how to train
-) -> dict: # what JSON can hold
-    "The identity of a run: the recipe, the network's shape and the images' digest."
+) -> dict: # of values that JSON can hold
+    "Return the identity of a run: the recipe, the configuration of the network and the digest of the images."
     shape = {k: v for k, v in net.config.items() if not k.startswith("_")} if hasattr(net, "config") else {}
     return json.loads(json.dumps(asdict(recipe) | {"unet": shape, "levels": levels,
         "data": files.digest(images.cpu().numpy().tobytes())}))
 
 # %% ../nbs/method/08_diffusion_training.ipynb #cell043
+def _resume(net, images, levels, recipe, images_seen, path):
+    "Make the state, from the checkpoint if there is one, and the configuration. Raises as `train`."
+    config = training_identity(net, images, levels, recipe)
+    state = TrainingState(net, recipe, compiled=next(net.parameters()).is_cuda)
+    if path.exists(): load_state(state, path, config)
+    if state.images >= images_seen + recipe.batch: raise ProjectError(
+        f"{path} has seen {state.images} images, more than the {images_seen} requested. "
+        "Request more images, or use another folder.")
+    return state, config
+
+def _log(state, evaluate, bar):
+    "Add a point to the curve, with the evaluation of the averaged network, and show the loss in the progress bar."
+    state.log(evaluate(state.ema) if evaluate else {})
+    bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
+
 def train(
     net, # UNet2DModel, on the device to train on
     images, # uint8 [n,C,H,W], values 0..levels-1
     levels: int, # of a pixel
     recipe: Recipe, # how to train
-    images_seen: int, # when to stop; rounded up to whole batches
+    images_seen: int, # number of images to train on, rounded up to whole batches
     folder, # of `checkpoint.safetensors`, from which an interrupted run continues
     log_images: int=10_000, # images between two points of the curve
     checkpoint_seconds: float=300, # between two checkpoints; one is always written at the end
-    evaluate=None, # called with the averaged network at each point of the curve, returns a dict of further columns
+    evaluate=None, # averaged network -> dict of further columns, called at each point of the curve
     progress: bool=True, # show a progress bar
-    of: int=0, # images of the whole training if this is a part of it, to be told when it is stopped
-): # -> averaged UNet2DModel, curve: [{"images", "loss", "seconds" of training so far, of the processor's time on a CPU, ...}]
-    "Trains or continues a diffusion model; a stop leaves a checkpoint. Raises `ProjectError` on a loss that is not finite or a checkpoint that does not fit, else as `levels.check_levels`."
+    of: int=0, # images of the whole training if this call is a part of it, for the message of a stop
+): # -> averaged UNet2DModel, curve: a list of {"images", "loss", "seconds" of GPU or processor time so far, ...}
+    "Train a diffusion model, resuming from `folder`. Raises as `load_state`, `TrainingState.log` and `check_levels`."
     check_levels(images, levels)
-    path, config = Path(folder)/"checkpoint.safetensors", training_identity(net, images, levels, recipe)
-    device = next(net.parameters()).device
+    path, device = Path(folder)/"checkpoint.safetensors", next(net.parameters()).device
     clock = time.monotonic if device.type == "cuda" else time.process_time # other work on the machine does not count
-    state, images = TrainingState(net, recipe, compiled=device.type == "cuda"), images.to(device)
-    if path.exists(): load_state(state, path, config)
-    if state.images >= images_seen + recipe.batch: raise ProjectError(
-        f"{path} has seen {state.images} images, more than the {images_seen} asked for. Ask for more, or use another folder.")
-    with stopping.stoppable(lambda: (state.images, of or images_seen, "images")) as asked, tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True, disable=not progress, leave=False) as bar:
+    state, config = _resume(net, images, levels, recipe, images_seen, path)
+    images = images.to(device)
+    with (stopping.stoppable(lambda: (state.images, of or images_seen, "images")) as asked,
+          tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True,
+               disable=not progress, leave=False) as bar):
         began, saved = clock(), time.monotonic()
         while state.images < images_seen:
             x = images[batch_indices(state.steps, recipe.batch, len(images), recipe.seed).to(device)]
@@ -212,9 +227,7 @@ def train(
             if not (log or save or asked): continue
             if device.type == "cuda": torch.cuda.synchronize(device) # its work is done, not only asked for
             state.seconds += clock() - began
-            if log:
-                state.log(evaluate(state.ema) if evaluate else {})
-                bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
+            if log: _log(state, evaluate, bar)
             stop = bool(asked)
             if save or stop:
                 save_state(state, path, config)

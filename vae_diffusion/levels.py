@@ -15,36 +15,36 @@ def check_levels(
     x: torch.Tensor, # images: uint8 in 0..levels-1, any shape
     levels: int, # how many values a pixel can take, 2..256
 ):
-    "Raises `TypeError` unless `x` is uint8, `ValueError` if one of its values is none of so many levels."
+    "Raise `TypeError` unless `x` is uint8, and `ValueError` if a value, or `levels`, is out of range."
     if x.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, found {x.dtype}: to_levels makes them from [0,1]")
-    if not 2 <= levels <= 256: raise ValueError(f"a pixel has 2..256 levels, not {levels}")
+        raise TypeError(f"images must be uint8, found {x.dtype}: convert images in [0,1] with to_levels")
+    if not 2 <= levels <= 256: raise ValueError(f"a pixel must have 2..256 levels, not {levels}")
     if levels < 256 and x.numel() and x.max() >= levels:
-        raise ValueError(f"images of {levels} levels hold 0..{levels-1}, found {x.max()}")
+        raise ValueError(f"images of {levels} levels must hold values in 0..{levels-1}, found {x.max()}")
 
 def check_unit(
     x: torch.Tensor, # images: floating point in [0,1], any shape
-    levels: int=None, # how many values a pixel can take, 2..256; None: all in between
+    levels: int=None, # how many values a pixel can take, 2..256; None: continuous
 ):
-    "Raises `TypeError` unless `x` is floating point, `ValueError` for a value outside [0,1] or between two levels."
+    "Raise `TypeError` unless `x` is floating point, and `ValueError` for a value outside [0,1] or between two levels."
     if not x.is_floating_point():
-        raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: to_unit makes them from levels")
+        raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: convert levels with to_unit")
     if not x.numel(): return
     low, high = (t.item() for t in x.detach().aminmax())
     if not 0 <= low <= high <= 1:
         raise ValueError(f"images must lie in [0,1], found values from {low:.4g} to {high:.4g}: "
-                         "to_unit makes them from levels, and (x + 1)/2 from [-1,1]")
+                         "convert levels with to_unit, and images in [-1,1] with (x + 1)/2")
     if levels and ((k := x.detach()*(levels-1)) - k.round()).abs().max() > 1e-3:
-        raise ValueError(f"images of {levels} levels hold multiples of 1/{levels-1}, found values in between: "
-                         "to_levels rounds them")
+        raise ValueError(f"images of {levels} levels must hold multiples of 1/{levels-1}, found values in between: "
+                         "round them with to_levels")
 
 # %% ../nbs/method/00_levels.ipynb #cell005
 def to_unit(
     x: torch.Tensor, # uint8 in 0..levels-1, any shape
     levels: int, # how many values a pixel can take, 2..256
-    check: bool=True, # look whether `x` is so
+    check: bool=True, # check the type and values of `x`
 ) -> torch.Tensor: # float32 in [0,1]
-    "Levels to the unit interval. Raises as `check_levels`."
+    "Convert levels to the unit interval. Raises as `check_levels`."
     if check: check_levels(x, levels)
     return x.float()/(levels-1)
 
@@ -53,7 +53,7 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is float, `ValueError` for NaN."
+    "Round to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, and `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
@@ -63,8 +63,8 @@ def pad(
     x: torch.Tensor, # [n,C,H,W]
     size: int, # the new height and width, pixels
 ) -> torch.Tensor: # [n,C,size,size]
-    "The images centred on a ground of zeros; an odd pixel goes right and below. Raises `ProjectError` if they do not fit."
+    "Pad images with zeros, centred; an odd pixel goes right and below. Raises `ProjectError` if they do not fit."
     h, w = x.shape[-2:]
-    if size < max(h, w): raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger side")
+    if size < max(h, w): raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger size")
     left, top = (size-w)//2, (size-h)//2
     return F.pad(x, (left, size-w-left, top, size-h-top))

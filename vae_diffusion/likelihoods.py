@@ -16,15 +16,16 @@ from .levels import check_levels, check_unit
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell005
 class Likelihood:
-    "A distribution over images. A family sets `shape` and `levels` of the images, and defines `log_pixels`, `mean` and `sample`."
-    levels = None # of a pixel: all of [0,1]
+    "Compute the log-probability of images; a family adds `shape`, `levels`, `log_pixels`, `mean` and `sample`."
+    levels = None # number of values of a pixel; None: all of [0,1]
     def log_prob(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]; for a discrete family on its levels
-        check: bool=True, # look whether the values of `x` are so
+        check: bool=True, # check the values of `x`
     ) -> torch.Tensor: # [n], nats
-        "Log-probability (Gaussian: log-density) of each image. Raises `ValueError` for another shape, or as `check_unit`."
+        "Compute log p(x|z) of each image. Raises `ValueError` for another shape, or as `levels.check_unit`."
         if check: check_unit(x, self.levels)
-        if x.shape != self.shape: raise ValueError(f"images of shape {tuple(self.shape)} expected, found {tuple(x.shape)}")
+        if x.shape != self.shape:
+            raise ValueError(f"images of shape {tuple(self.shape)} expected, found {tuple(x.shape)}")
         with torch.autocast(x.device.type, enabled=False): return self.log_pixels(x.float()).flatten(1).sum(1)
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell007
@@ -34,7 +35,7 @@ def draw_noise(
     like: torch.Tensor, # gives the device
     generator: torch.Generator=None, # of any device; None is torch's own
 ) -> torch.Tensor: # float32
-    "Random numbers from `generator`, on the device of `like`."
+    "Draw random numbers from `generator` and move them to the device of `like`."
     device = generator.device if generator is not None else like.device
     return kind(tuple(shape), generator=generator, device=device, dtype=torch.float32).to(like.device)
 
@@ -43,12 +44,12 @@ def log_choose(
     n: int, # trials
     device=None, # where the table lies
 ) -> torch.Tensor: # [n+1]
-    "Logs of the binomial coefficients: a table is faster than `lgamma` at every pixel."
+    "Tabulate log C(n,k) for k = 0..n, which is faster than `lgamma` at every pixel."
     return torch.tensor([math.log(math.comb(n, k)) for k in range(n + 1)], device=device, dtype=torch.float32)
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell011
 class Binomial(Likelihood):
-    "Levels 0 to `levels`−1 as the count of successes in `levels`−1 trials."
+    "Model the level of a pixel as the number of successes in `levels`−1 trials."
     def __init__(self,
         logits: torch.Tensor, # [n,C,H,W], logit of one success
         levels: int=17, # number of levels: trials + 1
@@ -56,7 +57,8 @@ class Binomial(Likelihood):
     def log_pixels(self, x): # [n,C,H,W] -> [n,C,H,W], nats
         k = (x*self.total).round()
         p = -self.total*bce(self.logits, k/self.total, reduction="none")
-        return p if self.total == 1 else p + log_choose(self.total, p.device)[k.long()] # the coefficient of one trial is 1
+        if self.total == 1: return p # log C(1,k) = 0
+        return p + log_choose(self.total, p.device)[k.long()]
     @property
     def mean(self): return self.logits.sigmoid() # [n,C,H,W]
     def sample(self, generator=None): # [n,C,H,W]
@@ -65,14 +67,14 @@ class Binomial(Likelihood):
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell020
 class Bernoulli(Binomial):
-    "Binary pixels."
+    "Model binary pixels."
     def __init__(self,
         logits: torch.Tensor, # [n,C,H,W], logit of the level 1
     ): super().__init__(logits, levels=2)
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell025
 class Gaussian(Likelihood):
-    "Independent normal pixels of one fixed σ, as a density of 2x−1."
+    "Model pixels as independent normal variables of a fixed σ, with densities in the unit of 2x−1."
     def __init__(self,
         mean_raw: torch.Tensor, # [n,C,H,W], the mean of 2x−1
         sigma: float=0.1, # in the unit of 2x−1
@@ -92,7 +94,7 @@ def log_bin_mass(
     log_scale: torch.Tensor, # of the logistic, on [−1,1]
     levels: int, # number of levels
 ) -> torch.Tensor: # nats
-    "Log of a logistic's mass in the bin of level `k`; the edge bins reach to ∓∞ (PixelCNN++, section 2.1)."
+    "Compute the log-mass of a logistic in the bin of level `k`; the edge bins reach to ∓∞ (PixelCNN++, section 2.1)."
     top, half, precision = levels - 1, 1/(levels - 1), torch.exp(-log_scale)
     lower, width = ((2*k - 1)*half - 1 - mean)*precision, 2*half*precision
     narrow = math.log(2*half) - log_scale - width/2 # log(1−exp(−width)) to second order
@@ -104,7 +106,7 @@ def mol_outputs(
     channels: int, # C, of the image
     components: int=10, # K, of the mixture
 ) -> int: # 30 for grey, 100 for RGB
-    "The number of decoder outputs per pixel."
+    "Count the decoder outputs per pixel."
     return components*(1 + 2*channels + channels*(channels - 1)//2)
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell038
@@ -113,7 +115,7 @@ def split_mol(
     channels: int, # C, of the image
     components: int=10, # K, of the mixture
 ): # log-weights [n,K,H,W], means and log-scales [n,C,K,H,W], coefficients [n,C(C−1)/2,K,H,W]
-    "Reads a decoder's output, in float32. Raises `ValueError` if the number of outputs is wrong."
+    "Split a decoder's output into parameters, in float32. Raises `ValueError` if the number of outputs is wrong."
     if raw.shape[1] != (expected := mol_outputs(channels, components)):
         raise ValueError(f"{expected} decoder outputs expected, found {raw.shape[1]}")
     raw = raw.float().unflatten(1, (-1, components))
@@ -122,7 +124,7 @@ def split_mol(
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell041
 class MixtureOfLogistics(Likelihood):
-    "Per pixel, one mixture over the channels of discretised logistics (PixelCNN++, Salimans et al. 2017)."
+    "Model the channels of a pixel by one mixture of discretised logistics (PixelCNN++, Salimans et al. 2017)."
     def __init__(self,
         raw: torch.Tensor, # [n,n_out,H,W]: logits, means, log-scales, coefficients before tanh
         channels: int, # C, of the image
@@ -160,7 +162,7 @@ names = ("bernoulli", "binomial", "gaussian", "mol")
 
 @dataclass(frozen=True)
 class Family:
-    "A likelihood that still waits for the decoder's output."
+    "Make likelihoods of one kind from decoder outputs."
     name: str # one of `names`
     channels: int # C, of the image
     levels: int # number of levels of a pixel
@@ -173,14 +175,14 @@ class Family:
         images: torch.Tensor, # uint8 [n,C,H,W] in 0..levels-1
         levels: int, # number of levels of a pixel
     ):
-        "Raises `ValueError` if the likelihood is that of another number of levels, or as `levels.check_levels`."
+        "Raise `ValueError` if the likelihood has another number of levels, or as `levels.check_levels`."
         check_levels(images, levels)
         if self.name != "gaussian" and self.levels != levels:
-            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, the images {levels}")
+            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, but the images have {levels}")
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32
-        "The distribution that `raw` describes. Raises `ValueError` if its shape is wrong."
+        "Make the distribution that `raw` describes. Raises `ValueError` if its shape is wrong."
         if raw.ndim != 4 or raw.shape[1] != self.n_out:
             raise ValueError(f"{self.name} needs decoder outputs [n,{self.n_out},H,W], found {list(raw.shape)}")
         match self.name:
@@ -197,8 +199,8 @@ def family(
     sigma: float=0.1, # of the Gaussian, in the unit of 2x−1
     components: int=10, # K, of the mixture of logistics
 ) -> Family:
-    "A family by name. Raises `ProjectError` if there is none of that name, or if it does not fit the levels."
+    "Make a family by name. Raises `ProjectError` if the name is unknown or does not fit the number of levels."
     if name not in names: raise ProjectError(f"no likelihood is named {name!r}. Choose one of {', '.join(names)}.")
     if name == "bernoulli" and levels != 2:
-        raise ProjectError(f"bernoulli has 2 levels, and the data {levels}. Choose one of {', '.join(names[1:])}.")
+        raise ProjectError(f"bernoulli has 2 levels, but the data has {levels}. Choose one of {', '.join(names[1:])}.")
     return Family(name, channels, levels, sigma, components)

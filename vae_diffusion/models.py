@@ -24,61 +24,62 @@ def rsample(
     q: Normal, # [n,L,...]
     generator: torch.Generator=None, # of any device; None is torch's own
 ) -> torch.Tensor: # [n,L,...]
-    "One sample of q for each image, differentiable in q's mean and scale."
+    "Draw one sample of q for each image, differentiable in the mean and scale of q."
     return q.loc + q.scale*draw_noise(torch.randn, q.loc.shape, q.loc, generator)
 
 # %% ../nbs/method/03_models.ipynb #cell008
 def kl_to_prior(
     q: Normal, # [n,L,...]
 ) -> torch.Tensor: # [n], nats
-    "KL(q ‖ N(0,I)) of each image (Kingma and Welling 2014, appendix B)."
+    "Compute KL(q ‖ N(0,I)) of each image (Kingma and Welling 2014, appendix B)."
     return ((q.loc**2 + q.scale**2 - 1)/2 - q.scale.log()).flatten(1).sum(1)
 
 # %% ../nbs/method/03_models.ipynb #cell015
 class VAE(nn.Module):
-    "Prior N(0,I), encoder q(z|x), decoder p(x|z) (Kingma and Welling 2014)."
+    "Join prior N(0,I), encoder q(z|x) and decoder p(x|z) (Kingma and Welling 2014)."
     def __init__(self,
         encoder: nn.Module, # [n,C,H,W] in [0,1] -> [n,2L,...]: means, then raw scales
         decoder: nn.Module, # [n,L,...] -> [n,n_out,H,W]
         family: Family, # of the likelihood
-        latent_shape: tuple=None, # (L,...); only `generate` and `training.fit` need it
+        latent_shape: tuple=None, # (L,...), required by `generate` and `training.fit`
     ):
         super().__init__()
         self.encoder, self.decoder, self.family, self.latent_shape = encoder, decoder, family, latent_shape
-        self.autocast = None # the type the networks run in, as `torch.bfloat16`; None is float32
-        self.checks = True # whether it looks at the values of images; `unchecked` turns it off
+        self.autocast = None # dtype in which the networks run, such as `torch.bfloat16`; None is float32
+        self.checks = True # whether the values of images are checked; see `unchecked`
     kl = staticmethod(kl_to_prior) # q -> [n], nats
-    def _apply_network(self, net, x): # float32, whatever the network ran in
+    def _apply_network(self, net, x): # -> float32, whatever the dtype in which the network runs
         kind, on = self.autocast or torch.bfloat16, self.autocast is not None
         with torch.autocast(x.device.type, dtype=kind, enabled=on): return net(x).float()
     def encode(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]
     ) -> Normal: # [n,L,...], float32
-        "q(z|x). Raises `ValueError` if the encoder's output cannot be halved, or as `levels.check_unit`."
+        "Compute q(z|x). Raises `ValueError` if the encoder's output cannot be halved, or as `levels.check_unit`."
         if self.checks: check_unit(x)
         out = self._apply_network(self.encoder, x)
-        if out.shape[1] % 2: raise ValueError(f"an encoder returns means and scales, but this one {out.shape[1]} channels")
+        if out.shape[1] % 2:
+            raise ValueError(f"an encoder must return means and scales, but this one returns {out.shape[1]} channels")
         loc, raw = out.chunk(2, 1)
         return Normal(loc, softplus(raw) + 1e-6, validate_args=False)
     def decode(self,
         z: torch.Tensor, # [n,L,...]
     ) -> Likelihood: # of images [n,C,H,W]
-        "p(x|z)."
+        "Compute p(x|z)."
         return self.family(self._apply_network(self.decoder, z))
     def log_likelihood(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]
         z: torch.Tensor, # [n,L,...]
     ) -> torch.Tensor: # [n], nats
-        "log p(x|z). Raises as `log_prob`."
+        "Compute log p(x|z). Raises as `Likelihood.log_prob`."
         return self.decode(z).log_prob(x, self.checks)
     def elbo(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]
         generator: torch.Generator=None, # of the samples of z
         samples: int=1, # of z per image, averaged
-        q: Normal=None, # [n,L,...] instead of `encode(x)`
-        eps: torch.Tensor=None, # [samples,n,L,...] standard normal, instead of drawing it
+        q: Normal=None, # [n,L,...], used instead of `encode(x)`
+        eps: torch.Tensor=None, # [samples,n,L,...] standard normal, used instead of new draws
     ) -> torch.Tensor: # [n], nats
-        "Evidence lower bound of each image, the likelihood estimated from samples, the KL exact. Raises as `encode` and `log_prob`."
+        "Estimate the ELBO of each image, from samples of z and the exact KL. Raises as `encode`, `log_likelihood`."
         if q is None: q = self.encode(x)
         z = [rsample(q, generator) for _ in range(samples)] if eps is None else q.loc + q.scale*eps
         return sum(self.log_likelihood(x, z) for z in z)/len(z) - self.kl(q)
@@ -87,14 +88,14 @@ class VAE(nn.Module):
         n: int, # number of images
         generator: torch.Generator=None, # of z
     ) -> Likelihood: # its `mean` or `sample()` are images
-        "p(x|z) for n samples z of the prior. Raises `ValueError` if `latent_shape` is not known."
+        "Compute p(x|z) for n samples z of the prior. Raises `ValueError` if `latent_shape` is not known."
         if self.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to generate from it")
         return self.decode(draw_noise(torch.randn, (n, *self.latent_shape), next(self.parameters()), generator))
 
 # %% ../nbs/method/03_models.ipynb #4c19e2b3
 @contextmanager
 def unchecked(*vaes: VAE):
-    "The models do not look at the values of images within: whoever enters has, and an inner loop shall not wait for a GPU."
+    "Turn off the checks of image values, which make a GPU wait; the caller has checked the images."
     before = [vae.checks for vae in vaes]
     for vae in vaes: vae.checks = False
     try: yield
@@ -103,16 +104,19 @@ def unchecked(*vaes: VAE):
 
 # %% ../nbs/method/03_models.ipynb #cell023
 ACTIVATIONS = {"relu": nn.ReLU, "elu": nn.ELU, "gelu": nn.GELU, "tanh": nn.Tanh}
-NORMALISATIONS = {"none": lambda width: [], "batch": lambda width: [nn.BatchNorm1d(width)], "layer": lambda width: [nn.LayerNorm(width)]}
+NORMALISATIONS = {"none": lambda width: [], "batch": lambda width: [nn.BatchNorm1d(width)],
+                  "layer": lambda width: [nn.LayerNorm(width)]}
 
 def linear_layers(
     *sizes: int, # in, hidden..., out
     activation: str="relu", # of `ACTIVATIONS`
     normalisation: str="none", # of `NORMALISATIONS`, before the activation
 ) -> list: # of modules
-    "Linear layers, with an activation between them."
-    hidden = [m for a, b in zip(sizes, sizes[1:-1]) for m in (nn.Linear(a, b), *NORMALISATIONS[normalisation](b), ACTIVATIONS[activation]())]
-    return [*hidden, nn.Linear(*sizes[-2:])]
+    "Make linear layers with normalisations and activations between them."
+    layers = []
+    for a, b in zip(sizes, sizes[1:-1]):
+        layers += [nn.Linear(a, b), *NORMALISATIONS[normalisation](b), ACTIVATIONS[activation]()]
+    return [*layers, nn.Linear(*sizes[-2:])]
 
 # %% ../nbs/method/03_models.ipynb #cell025
 @float32()
@@ -124,15 +128,15 @@ def fully_connected(
     activation: str="relu", # as in `linear_layers`
     normalisation: str="none", # as in `linear_layers`
 ) -> VAE:
-    "A fully connected VAE, as the paper's for BinaryMNIST and FashionMNIST."
-    encoder = nn.Sequential(nn.Flatten(), *linear_layers(prod(shape), *hidden, 2*latent, activation=activation, normalisation=normalisation))
-    out = (family.n_out, *shape[1:])
-    decoder = nn.Sequential(*linear_layers(latent, *hidden[::-1], prod(out), activation=activation, normalisation=normalisation), nn.Unflatten(1, out))
+    "Make a fully connected VAE, as the paper's for BinaryMNIST and FashionMNIST."
+    how, out = dict(activation=activation, normalisation=normalisation), (family.n_out, *shape[1:])
+    encoder = nn.Sequential(nn.Flatten(), *linear_layers(prod(shape), *hidden, 2*latent, **how))
+    decoder = nn.Sequential(*linear_layers(latent, *hidden[::-1], prod(out), **how), nn.Unflatten(1, out))
     return VAE(encoder, decoder, family, (latent,))
 
 # %% ../nbs/method/03_models.ipynb #cell037
 class Residual(nn.Module):
-    "x + f(x), without a change of shape."
+    "Add to x a function f(x) of the same shape."
     def __init__(self,
         nc: int, # channels
     ):
@@ -147,14 +151,14 @@ def downsample(
     a: int, # channels in
     b: int, # channels out
 ) -> tuple: # of modules
-    "Convolution to half the side, and BatchNorm."
+    "Make a convolution that halves the side, and BatchNorm."
     return nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b)
 
 def upsample(
     a: int, # channels in
     b: int, # channels out
 ) -> tuple: # of modules
-    "Transposed convolution to twice the side, BatchNorm and ReLU."
+    "Make a transposed convolution that doubles the side, BatchNorm and ReLU."
     return nn.ConvTranspose2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
 
 # %% ../nbs/method/03_models.ipynb #cell040
@@ -162,13 +166,13 @@ def upsample(
 def residual(
     shape: tuple, # (C,H,W) of the images, H and W divisible by 4
     family: Family, # of the likelihood
-    nc: int=256, # channels within
+    nc: int=256, # channels of the hidden layers
     mz: int=1, # channels of the latent, on a grid of H/4 × W/4
 ) -> VAE:
-    "The residual VAE of the paper's CIFAR-10 experiments. Raises `ProjectError` if 4 does not divide H and W."
+    "Make the residual VAE of the paper's CIFAR-10 experiments. Raises `ProjectError` if 4 does not divide H and W."
     c, h, w = shape
-    if h % 4 or w % 4:
-        raise ProjectError(f"the residual network quarters the sides of an image, and {h}×{w} cannot be. Pad the images to a multiple of 4.")
+    if h % 4 or w % 4: raise ProjectError(
+        f"the residual network needs sides that are divisible by 4, not {h}×{w}: pad the images to a multiple of 4")
     encoder = nn.Sequential(
         *downsample(c, nc), nn.ReLU(), *downsample(nc, nc), Residual(nc), Residual(nc), nn.Conv2d(nc, 2*mz, 1))
     decoder = nn.Sequential(
@@ -180,5 +184,5 @@ def residual(
 def count_parameters(
     net: nn.Module, # any module
 ) -> int:
-    "The number of trained parameters."
+    "Count the trained parameters."
     return sum(p.numel() for p in net.parameters())

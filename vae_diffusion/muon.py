@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 # %% ../nbs/method/07_muon.ipynb #muon1
 def orthogonalize(
-    m, # [..., rows, columns], at least one entry of each matrix not 0
+    m, # [..., rows, columns], matrices that are not 0
     steps: int=5, # Newton–Schulz iterations
 ): # -> bfloat16, the same shape, the singular vectors of m with singular values near 1
     "Approximate the orthogonal matrix nearest to each matrix: Jordan et al. 2024."
@@ -25,7 +25,7 @@ def orthogonalize(
 # %% ../nbs/method/07_muon.ipynb #muon2pad
 def orthogonalize_all(
     matrices: list, # of [n, rows, columns], as for `orthogonalize`
-) -> list: # as `orthogonalize` gives for each, up to rounding
+) -> list: # as from `orthogonalize` for each, up to rounding
     "Orthogonalize matrices of many shapes in few batches: one for each length of the shorter side."
     wide, out = [m if m.shape[-2] <= m.shape[-1] else m.mT for m in matrices], [None]*len(matrices)
     for rows in {w.shape[-2] for w in wide}:
@@ -39,20 +39,21 @@ def orthogonalize_all(
 
 # %% ../nbs/method/07_muon.ipynb #muon4
 class Muon:
-    "Nesterov momentum, orthogonalized: Jordan et al. 2024. Without weight decay."
+    "Optimize with orthogonalized Nesterov momentum, without weight decay: Jordan et al. 2024."
     def __init__(self,
         params, # weights of at least two dimensions, changed in place
         momentum: float=0.95, # weight of the old average of gradients
     ):
         self.momentum, self.groups = momentum, {}
         for p in params: self.groups.setdefault(p.flatten(1).shape, []).append(p)
-        self.averages = [torch.zeros(len(ps), *shape, device=ps[0].device, dtype=torch.float32) for shape, ps in self.groups.items()]
+        self.averages = [torch.zeros(len(ps), *shape, device=ps[0].device, dtype=torch.float32)
+                         for shape, ps in self.groups.items()]
 
     @torch.no_grad()
     def step(self,
         lr, # step size, a number or a scalar tensor
     ):
-        "Make one step with the gradients that are there."
+        "Make one step with the current gradients."
         ahead = []
         for ps, m in zip(self.groups.values(), self.averages):
             g = torch.stack([p.grad.movedim(1, -1).flatten(1) for p in ps])

@@ -16,7 +16,7 @@ from .core import rng
 def epoch_order(
     n: int, # images in the data set
     seed: int, # of the run
-    epoch: int, # its number
+    epoch: int, # number of the epoch
 ): # -> [n], a permutation
     "Draw the order of the images in one epoch."
     return torch.randperm(n, generator=rng.generator("order", seed, epoch))
@@ -26,8 +26,8 @@ def batch_indices(
     batch: int, # images in a batch
     n: int, # images in the data set
     seed: int, # of the run
-): # -> [batch] row indices
-    "The images of one batch, cut out of an endless row of epoch permutations."
+): # -> [batch] indices
+    "Return the indices of the images in one batch, cut from the endless sequence of epoch permutations."
     first, last = step*batch//n, ((step+1)*batch - 1)//n
     order = torch.cat([epoch_order(n, seed, e) for e in range(first, last+1)])
     return order[step*batch - first*n:][:batch]
@@ -36,20 +36,20 @@ def batch_indices(
 def ema_decay(
     images: int, # seen so far, this batch included
     batch: int, # images in this batch
-    halflife: float, # in images, once the run is old enough
-) -> float: # the weight of the old average
-    "Decay of the moving average over one batch, with EDM's ramp-up."
+    halflife: float, # in images, without the ramp-up
+) -> float: # β, the weight of the old average
+    "Compute the decay of the moving average over one batch, with EDM's ramp-up."
     return 0.5**(batch/max(min(halflife, 0.05*images), 1e-8))
 
 # %% ../nbs/method/06_recipe.ipynb #cell032
 @dataclass(frozen=True)
 class Recipe:
-    "How to train a diffusion model."
-    batch: int=512 # images a step
-    lr: float=1e-3 # of Adam
-    muon_lr: float=0. # of Muon, for the weights between the first and the last layer; 0: Adam for all
-    warmup_images: int=10_000_000 # over which lr rises linearly from 0
-    decay_images: int=0 # after which lr falls as one over the square root of the images seen; 0: never
+    "Hold the parameters of the training of a diffusion model."
+    batch: int=512 # images per step
+    lr: float=1e-3 # step size of Adam
+    muon_lr: float=0. # step size of Muon, for the weights between the first and the last layer; 0: Adam for all
+    warmup_images: int=10_000_000 # over which the step size rises linearly from 0
+    decay_images: int=0 # after which the step size falls as 1/√(images seen); 0: never
     ema_halflife_images: int=500_000 # of the moving average
     p_mean: float=-1.2 # mean of ln σ in training
     p_std: float=1.2 # standard deviation of ln σ in training
@@ -60,7 +60,7 @@ class Recipe:
 # %% ../nbs/method/06_recipe.ipynb #cell034
 def learning_rate(
     r: Recipe, # of the run
-    images: int, # seen so far, the coming batch included
+    images: int, # seen so far, the next batch included
 ) -> float: # Adam's step size
-    "Linear warm-up, then inverse square root decay: Karras et al. 2024 (arXiv 2312.02696), equation 67."
+    "Compute the step size, with warm-up and inverse square root decay: Karras et al. 2024 (arXiv 2312.02696), eq. 67."
     return r.lr*min(images/max(r.warmup_images, 1), 1)/max(images/r.decay_images if r.decay_images else 1, 1)**.5

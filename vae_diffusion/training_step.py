@@ -16,44 +16,44 @@ from .levels import to_unit
 
 # %% ../nbs/method/13_training_step.ipynb #cell023
 class Adam:
-    "Adam (Kingma and Ba 2015), without weight decay."
+    "Optimise with Adam (Kingma and Ba 2015), without weight decay."
     def __init__(
         self,
         params, # tensors to change in place
         lr: float, # step size
     ):
-        self.params,self.lr = list(params),lr
-        self.m,self.v = ([torch.zeros_like(p) for p in self.params] for _ in "mv")
+        self.params, self.lr = list(params), lr
+        self.m, self.v = ([torch.zeros_like(p) for p in self.params] for _ in "mv")
         self.steps = [torch.zeros((), device=p.device, dtype=torch.float32) for p in self.params]
 
     @torch.no_grad()
     def step(self):
-        "One step with the gradients that are there, which are then dropped."
+        "Make one step with the current gradients, and clear them."
         adam(self.params, [p.grad for p in self.params], self.m, self.v, [], self.steps, fused=True,
              amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0., eps=1e-8, maximize=False)
         for p in self.params: p.grad = None
 
     def next(self): # scalar tensors: lr/(1−β₁ᵗ) and 1−β₂ᵗ
-        "Counts a step that is made elsewhere, and returns its rates."
+        "Count a step that is made elsewhere, and return its rates."
         torch._foreach_add_(self.steps, 1)
         return self.lr/(1 - 0.9**self.steps[0]), 1 - 0.999**self.steps[0]
 
     def state(self): # name -> tensor, the tensors themselves
-        "The moments and the number of steps, for a checkpoint."
+        "Return the moments and the numbers of steps, for a checkpoint."
         return {f"adam.{i}.{name}": t for name in ("m", "v", "steps") for i, t in enumerate(getattr(self, name))}
 
 # %% ../nbs/method/13_training_step.ipynb #cell025
 def elbo_gradients(
     vae, # `models.VAE`
-    params: dict, # its parameters by name, detached; of a stack of models [M,...] each
-    buffers: dict, # its buffers by name, BatchNorm's statistics, likewise; changed in place
+    params: dict, # its parameters by name, detached; for a stack of models [M,...] each
+    buffers: dict, # its buffers (BatchNorm's statistics) by name, likewise; changed in place
     levels: int, # number of levels of a pixel
-    x: torch.Tensor, # uint8 [n,C,H,W], of a stack [M,n,C,H,W]
-    eps: torch.Tensor, # [1,n,L,...] standard normal, of a stack [M,1,n,L,...]
-) -> tuple: # the loss in nats per image, of a stack [M], and its gradients by name
-    "The negative ELBO of a batch with its gradients, or those of each model of a stack."
+    x: torch.Tensor, # uint8 [n,C,H,W], for a stack [M,n,C,H,W]
+    eps: torch.Tensor, # [1,n,L,...] standard normal, for a stack [M,1,n,L,...]
+) -> tuple: # the loss in nats per image, for a stack [M], and its gradients by name
+    "Compute the mean negative ELBO of a batch and its gradients, for one model or each model of a stack."
     def negative_elbo(p, b, x, eps):
-        b = {n: t.clone() for n, t in b.items()} # functions that are differentiated may change only what they made
+        b = {n: t.clone() for n, t in b.items()} # a differentiated function may change only its own tensors
         return -functional_call(vae, (p, b), (to_unit(x, levels, check=False),), {"eps": eps}).mean(), b
     f = grad_and_value(negative_elbo, has_aux=True)
     grads, (loss, b) = (vmap(f) if x.ndim == 5 else f)(params, buffers, x, eps)
@@ -61,16 +61,16 @@ def elbo_gradients(
     return loss, grads
 
 def compiled_step(
-    vae, # as in `elbo_gradients`, like those that are not explained
+    vae, # as in `elbo_gradients`, as are `levels`, `x` and `eps`
     params: dict, # changed in place
     buffers: dict, # changed in place
     opt: Adam, # of these parameters; its moments are changed in place
-    rates: tuple, # scalar tensors: step size over 1−β₁ᵗ, and 1−β₂ᵗ
+    rates: tuple, # scalar tensors: lr/(1−β₁ᵗ) and 1−β₂ᵗ
     levels: int,
     x: torch.Tensor,
     eps: torch.Tensor,
 ) -> torch.Tensor: # the loss before the step, nats per image
-    "One step of Adam on the ELBO, to be compiled."
+    "Make one step of Adam on the negative ELBO, in a form that can be compiled."
     loss, grads = elbo_gradients(vae, params, buffers, levels, x, eps)
     for p, g, m, v in zip(params.values(), grads.values(), opt.m, opt.v):
         m.lerp_(g, 0.1)
@@ -80,18 +80,24 @@ def compiled_step(
 
 # %% ../nbs/method/13_training_step.ipynb #6f52c88f
 def require_compiler() -> str: # its name
-    "The C++ compiler that `torch.compile` uses: that of the variable `CXX`, or the platform's. Raises `ProjectError` if there is none, or it does not find Python's headers."
+    """Find the C++ compiler that `torch.compile` uses: that of the variable `CXX`, or the platform's.
+
+    Raises `ProjectError` if there is none, or if it does not find Python's headers.
+    """
     name, why = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"), ""
     try:
-        done = subprocess.run([name, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"], input="#include <Python.h>\n", capture_output=True, text=True)
+        command = [name, "-x", "c++", "-fsyntax-only", "-I", sysconfig.get_path("include"), "-"]
+        done = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True)
         if not done.returncode: return name
         why = ": " + (done.stderr.strip().splitlines() or ["it failed"])[0]
     except OSError as e: why = f": {e.strerror}"
-    raise ProjectError(f"compile is true, but the C++ compiler {name} cannot be used{why}. Install one with the headers of Python (g++ and python3-dev on Debian), name another in the variable CXX, or set compile to false")
+    raise ProjectError(f"compile is true, but the C++ compiler {name} cannot be used{why}. "
+                       "Install one with the headers of Python (g++ and python3-dev on Debian), "
+                       "name another in the variable CXX, or set compile to false")
 
 # %% ../nbs/method/13_training_step.ipynb #cell035
 def stack_tensors(lists) -> list: # of stacks [M,...]
-    "Stacks of the tensors that correspond in M lists; the tensors themselves become parts of them."
+    "Stack the corresponding tensors of M lists, and make the tensors themselves views of the stacks."
     columns = [*zip(*lists)]
     stacks = [torch.stack([t.detach() for t in column]) for column in columns]
     for stack, column in zip(stacks, columns):
@@ -99,19 +105,20 @@ def stack_tensors(lists) -> list: # of stacks [M,...]
     return stacks
 
 def collect_state(members) -> tuple: # parameters and buffers by name, Adam
-    "What a step changes, where there are several members in stacks."
+    "Collect what a step changes: parameters, buffers and optimiser, stacked if there are several members."
     vae, opts = members[0].vae, [m.opt for m in members]
     if len(members) == 1: return {n: p.detach() for n, p in vae.named_parameters()}, dict(vae.named_buffers()), *opts
     params = dict(zip(dict(vae.named_parameters()), stack_tensors([m.vae.parameters() for m in members])))
     buffers = dict(zip(dict(vae.named_buffers()), stack_tensors([m.vae.buffers() for m in members])))
     opt = Adam(params.values(), opts[0].lr)
-    opt.m,opt.v,opt.steps = stack_tensors([o.m for o in opts]),stack_tensors([o.v for o in opts]),opts[0].steps
+    opt.m, opt.v = (stack_tensors([getattr(o, name) for o in opts]) for name in "mv")
+    opt.steps = opts[0].steps
     for o in opts: o.steps = opt.steps
     return params, buffers, opt
 
 # %% ../nbs/method/13_training_step.ipynb #18017a29
-def make_step(members, levels, compile): # as in `fit_stack`; all have done equally many steps
-    "A function of images uint8, noise and step size that makes one step and returns the loss, of a stack [M]."
+def make_step(members, levels, compile): # as in `training.fit_stack`; all members are at the same step
+    "Make a function (uint8 images, noise, step size) -> loss, for a stack [M], that makes one step."
     vae, (params, buffers, opt) = members[0].vae, collect_state(members)
     def alone(x, eps):
         loss = -vae.elbo(to_unit(x, levels, check=False), eps=eps).mean()
@@ -124,11 +131,13 @@ def make_step(members, levels, compile): # as in `fit_stack`; all have done equa
         opt.step()
         return loss
     if compile:
-        for t in (*params.values(), *buffers.values(), *opt.m, *opt.v): torch._dynamo.mark_static_address(t) # CUDA graphs change them in place
-        how = {"mode": "reduce-overhead"} if t.is_cuda else {"options": {"layout_optimization": False}} # channels last is slower on CPUs
+        for t in (*params.values(), *buffers.values(), *opt.m, *opt.v): # CUDA graphs change them in place
+            torch._dynamo.mark_static_address(t)
+        how = {"options": {"layout_optimization": False}} # channels last is slower on CPUs
+        if t.is_cuda: how = {"mode": "reduce-overhead"}
         run = torch.compile(compiled_step, dynamic=False, **how)
     def step(x, eps, lr):
         opt.lr = lr
         if not compile: return (alone if len(members) == 1 else stacked)(x, eps)
-        return run(vae, params, buffers, opt, opt.next(), levels, x, eps).clone() # CUDA graphs use its memory again
+        return run(vae, params, buffers, opt, opt.next(), levels, x, eps).clone() # CUDA graphs reuse its memory
     return step

@@ -1,4 +1,4 @@
-"Unconditional sampling from an EDM diffusion model."
+"Sample images from an unconditional EDM diffusion model."
 import hashlib, json, torch
 from contextlib import contextmanager
 from torch import nn
@@ -31,24 +31,24 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "The unit interval to the nearest level, halves up. Raises `TypeError` unless `x` is float, `ValueError` for NaN."
+    "Round to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, and `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
 
 
 def preconditioning(
-    sigma, # [n], noise levels > 0
+    sigma, # [n], noise levels σ > 0
     sigma_data: float, # standard deviation of the images in [-1,1]
 ): # -> c_skip, c_out, c_in [n,1,1,1] and c_noise [n]
-    "The preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
+    "Compute the preconditioning of Karras et al. 2022 (arXiv 2206.00364), table 1, column EDM."
     level, d = sigma.reshape(-1, 1, 1, 1), sigma_data
     total = (level**2 + d**2).sqrt()
     return d**2/total**2, level*d/total, 1/total, sigma.log()/4
 
 
 class Denoiser(nn.Module):
-    "The expected clean image D(x;σ), given a noisy one: Karras et al. 2022, equation 7."
+    "Predict the clean image D(x;σ) = E[y|x] from a noisy one: Karras et al. 2022, equation 7."
     def __init__(self,
         net, # takes ([n,C,H,W], [n]) and returns an object with `.sample` [n,C,H,W], such as a UNet2DModel
         sigma_data: float=0.5, # standard deviation of the images in [-1,1]
@@ -74,7 +74,7 @@ def heun(
     sigmas, # [steps+1], falling noise levels
     progress=iter, # wraps the steps, such as tqdm
 ): # -> float64 [n,C,H,W]
-    "Deterministic second-order sampling: Karras et al. 2022, algorithm 1."
+    "Sample with the deterministic second-order Heun solver: Karras et al. 2022, algorithm 1."
     def slope(x, sigma): return (x - denoiser(x, x.new_full((), sigma.item()).expand(len(x))))/sigma
     x = x.double()
     for sigma, next_sigma in progress(list(zip(sigmas[:-1], sigmas[1:]))):
@@ -91,9 +91,9 @@ def dpm_multistep(
     x, # [n,C,H,W], noise of standard deviation scheduler.sigmas[0]
     autocast=None, # dtype in which the network computes, or None for its own
     progress=iter, # wraps the steps, such as tqdm
-    generators=None, # one an image, if the scheduler's algorithm draws noise
+    generators=None, # one per image, if the scheduler's algorithm draws noise
 ): # -> float64 [n,C,H,W]
-    "Second-order sampling with one evaluation a step, by diffusers: deterministic or stochastic, as the scheduler is."
+    "Sample with one evaluation per step, with diffusers' second-order solver, deterministic or stochastic."
     scheduler.set_begin_index(0)
     x = x.double()
     for t in progress(scheduler.timesteps):
@@ -104,31 +104,33 @@ def dpm_multistep(
 
 
 def stochastic_scheduler(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
-    "A scheduler with the same levels for the stochastic equation: SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
+    "Make a scheduler with the same noise levels for SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
     return EDMDPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 
 
 def solve(
     net, # UNet2DModel
     scheduler, # EDMDPMSolverMultistepScheduler, its steps set
-    solver: str, # heun, multistep or stochastic, as the scheduler is
+    solver: str, # heun, multistep or stochastic; it must fit the scheduler
     x, # [n,C,H,W], noise of standard deviation scheduler.sigmas[0]
     autocast=None, # dtype in which the network computes, or None for its own
     progress=iter, # wraps the steps, such as tqdm
-    generators=None, # one an image, if the solver is stochastic
+    generators=None, # one per image, if the solver is stochastic
 ): # -> float64 [n,C,H,W]
-    "From noise to images by one of the solvers."
-    if solver == "heun": return heun(Denoiser(net, scheduler.config.sigma_data, autocast), x, scheduler.sigmas.double(), progress)
+    "Turn noise into images with one of the solvers."
+    if solver == "heun":
+        denoiser = Denoiser(net, scheduler.config.sigma_data, autocast)
+        return heun(denoiser, x, scheduler.sigmas.double(), progress)
     return dpm_multistep(net, scheduler, x, autocast, progress, generators)
 
 
 class EDMPipeline(DiffusionPipeline):
-    "Unconditional sampling from an EDM diffusion model."
+    "Sample images from an unconditional EDM diffusion model."
     model_cpu_offload_seq = "unet"
     def __init__(self,
         unet: UNet2DModel, # the averaged network
         scheduler: EDMDPMSolverMultistepScheduler, # holds sigma_data and the noise levels
-        levels: int=256, # of a pixel
+        levels: int=256, # number of values of a pixel
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
@@ -138,8 +140,8 @@ class EDMPipeline(DiffusionPipeline):
     def shape(self): # C, H, W
         return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
 
-    def identity(self) -> dict: # what JSON can hold
-        "What the samples depend on: the weights' digest, the scheduler's configuration, the levels and the shape."
+    def identity(self) -> dict: # of values that JSON can hold
+        "Return what decides the samples: digest of the weights, configuration of the scheduler, levels and shape."
         state = sorted(self.unet.state_dict().items())
         weights = digest(b"".join(k.encode() + v.float().cpu().numpy().tobytes() for k, v in state))
         scheduler = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
@@ -149,30 +151,34 @@ class EDMPipeline(DiffusionPipeline):
     @float32()
     def __call__(self,
         batch_size: int=1, # images
-        generator=None, # a `torch.Generator`, or a list of one an image; None is torch's own
+        generator=None, # a `torch.Generator`, or a list with one per image; None is torch's own
         num_inference_steps: int=18, # of the solver
         output_type: str="pil", # pil; np or pt: float32 in [0,1], [n,H,W,C] or [n,C,H,W]; latent: float64 about [-1,1]
-        return_dict: bool=True, # an object with the `images`, or a tuple of them
-        solver: str="heun", # heun: evaluates the network twice a step but the last; multistep, stochastic: once
+        return_dict: bool=True, # return an object with `images` rather than a tuple
+        solver: str="heun", # heun (two evaluations per step, one in the last), multistep or stochastic (one per step)
         precision: str="float32", # in which a network of float32 computes: float32 or bfloat16
     ):
-        "Draws images. Raises `ProjectError` if they are not finite, `ValueError` on a name or a number that does not fit."
-        if solver not in ("heun", "multistep", "stochastic"): raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
+        "Sample images. Raises `ProjectError` if they are not finite, `ValueError` for an argument out of range."
+        if solver not in ("heun", "multistep", "stochastic"):
+            raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is none of pil, np, pt, latent")
-        if precision not in ("float32", "bfloat16"): raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
+        if precision not in ("float32", "bfloat16"):
+            raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
         if min(batch_size, num_inference_steps) < 1:
-            raise ValueError(f"batch_size={batch_size}, num_inference_steps={num_inference_steps}: both must be 1 or more")
+            raise ValueError(f"batch_size={batch_size} and num_inference_steps={num_inference_steps} must be positive")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
         scheduler = stochastic_scheduler(self.scheduler) if solver == "stochastic" else self.scheduler
         scheduler.set_timesteps(num_inference_steps, device=device)
-        x = scheduler.sigmas[0].double()*randn_tensor((batch_size, *self.shape), generator, device, torch.float32).double()
+        noise = randn_tensor((batch_size, *self.shape), generator, device, torch.float32)
+        x = scheduler.sigmas[0].double()*noise.double()
         x = self.solve(scheduler, solver, x, autocast, generator)
         self.maybe_free_model_hooks()
         if not x.isfinite().all(): raise ProjectError(
-            "The samples are not finite: the weights are damaged or precision is too low. Try precision float32, or make the weights again.")
+            "The samples are not finite: the weights are damaged or the precision is too low. "
+            "Try precision float32, or train the diffusion model again.")
         images = self.output(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
@@ -184,7 +190,7 @@ class EDMPipeline(DiffusionPipeline):
         x, # float64 [n,C,H,W] about [-1,1]
         output_type: str, # as in a call
     ):
-        "The images in the form that is asked for."
+        "Convert images to the requested type."
         if output_type == "latent": return x
         images = to_levels((x.float() + 1)/2, self.config.levels).float()/(self.config.levels - 1)
         if output_type == "pt": return images
