@@ -229,7 +229,7 @@ def test_eight_downloads_at_once(tmp_path, record):
         said = run(sys.executable, "-c", DOWNLOAD, json.dumps(source), env=env, timeout=120)
         server.shutdown()
     assert said.count(formats.md5_digest(batches["0.bin"][1:])) == 8, said
-    assert len(asked) == 1 and "waiting for it to end" in said, (asked, said)
+    assert len(asked) == 1 and "waiting for it to finish" in said, (asked, said)
     record("eight at once: download", 8, "one downloads, the others wait; the server is asked once")
 
 

@@ -177,4 +177,4 @@ def test_a_stack_that_fails_or_is_started_twice(smoke, tmp_path, capfd):
     both = [threading.Thread(target=forks.train, args=(stack, log)) for log in logs]
     for thread in both: thread.start()
     for thread in both: thread.join()
-    assert all(r.done for r in grid) and sum("waiting for it to end" in log.read_text() for log in logs) == 1
+    assert all(r.done for r in grid) and sum("waiting for it to finish" in log.read_text() for log in logs) == 1

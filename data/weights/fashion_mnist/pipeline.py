@@ -6,21 +6,21 @@ from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePi
 from diffusers.utils.torch_utils import randn_tensor
 
 class ProjectError(Exception):
-    "An error that the user can mend: the message says what was wrong and what to do."
+    "An error that the user can fix: the message says what went wrong and what to do."
 
 
 def digest(
-    obj, # bytes, or anything that JSON can hold
-    length: int=12, # hexadecimal digits kept
+    obj, # bytes, or anything that can be written as JSON
+    length: int=12, # number of hexadecimal digits to keep
 ) -> str:
-    "SHA-256 of `obj`, shortened. Raises `TypeError`, or `ValueError` for a number that is not finite, if JSON cannot hold `obj`."
+    "Return the shortened SHA-256 of `obj`. Raises `TypeError`, or `ValueError` for NaN and infinities, if not JSON."
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
 
 
 @contextmanager
 def float32():
-    "New tensors are float32 within, or in a function that this decorates."
+    "Make new tensors float32 inside the block, or in the decorated function."
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try: yield
