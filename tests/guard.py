@@ -66,10 +66,10 @@ class MallInfo(ctypes.Structure):
 
 
 def gives_back():
-    "Whether a large block of memory goes back to the system as soon as it is free."
+    "Whether a block that is larger than any free one goes back to the system as soon as it is free."
     if not hasattr(glibc, "mallinfo2"): return None
     glibc.mallinfo2.restype = MallInfo
-    before, _ = glibc.mallinfo2().hblks, torch.empty(2**25)
+    before, _ = glibc.mallinfo2().hblks, torch.empty(2**28)
     return glibc.mallinfo2().hblks > before
 
 

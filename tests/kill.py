@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "workflow"))
 import forks
-from vae_diffusion import banks, diffusion_training, training
+from vae_diffusion import banks, diffusion_training, pipelines, training  # with diffusers, so that every run has it
 from vae_diffusion.core import files, paths
 from vae_diffusion.harness import figures, identity, results, style, tables
 from vae_diffusion.harness.settings import Settings
@@ -41,7 +41,7 @@ def works():
 
 def checkpoint_often():
     fit, train, fill, add = training.fit_stack, diffusion_training.train, banks.SampleBank.fill, banks.SampleBank._add
-    training.fit_stack = lambda *a, **k: (works(), fit(*a, **k | {"every": EVERY}))[1]
+    training.fit_stack = lambda *a, **k: (works(), fit(*a, **k | {"checkpoint_seconds": EVERY}))[1]
     banks.SampleBank._add = lambda *a: (works(), add(*a))[1]
     diffusion_training.train = lambda *a, **k: train(*a, **k | {"checkpoint_seconds": EVERY})
     banks.SampleBank.fill = lambda self, *a, **k: fill(self, *a, **k | {"batch": 64, "seconds": EVERY})

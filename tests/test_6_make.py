@@ -49,7 +49,7 @@ def test_what_is_trained_is_published_by_a_command_of_its_own(scale, folder):
     (failed, trains), (failed_too, publishes) = make("weights", *asked), make("publish-weights", *asked)
     assert not failed and not failed_too and f"-f nbs/experiments/params/binary_mnist-{scale}.yaml" in trains
     assert "publish" not in trains and publishes.startswith(trains)
-    assert f"publish_weights(settings.params('binary_mnist', '{scale}'), '{folder}')" in publishes
+    assert f"publish_weights(settings.load_params('binary_mnist', '{scale}'), '{folder}')" in publishes
 
 
 def test_a_users_snakemake_profiles_have_no_say(tmp_path):
