@@ -16,6 +16,7 @@ from . import builders, runs, tables
 from ..metrics import amortization, bounds, sample_quality
 from ..core.precision import matmul_precision
 from .settings import IMAGE_SIDE
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/14_costs.ipynb #plan08
@@ -77,7 +78,7 @@ class CostModel:
     def vae(self, settings): return builders.build_vae(settings, noise_dataset(settings)).eval()
 
     def step(self, settings): # of a VAE's training
-        name = settings.method if settings.method.startswith("aug") else "normal"
+        name = "normal" if METHODS[settings.method].draws_on_bank else settings.method # a bank is read as fast
         seconds = self("step", replace(settings, method=name, compile=False), *VAE_PARAMETERS, "method", "batch", "bf16")
         if not settings.compile: return seconds
         if settings.net not in self.compiled: self.compiled[settings.net] = compile_speedup(settings.net)

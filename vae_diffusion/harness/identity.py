@@ -13,6 +13,7 @@ from ..core import paths
 from ..core.errors import ProjectError
 from ..core.files import digest
 from .settings import Settings
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/01_identity.ipynb #cell005
@@ -47,7 +48,7 @@ def stage_config(
     if stage == "train_vae":
         own["gaps_at"] = [e for e in settings.gaps_at if e < settings.epochs] # the weights of these epochs are stored
         if not own["gaps_at"]: del own["gaps_at"]
-        if settings.method == "dmaapx": own |= {"k": settings.k, "bank": stage_config("bank", settings)}
+        if METHODS[settings.method].draws_on_bank: own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":
         own |= {"bank": stage_config("bank", settings), "vae": stage_config("train_vae", reference_settings(settings))}
     if stage == "measure_gaps": own["vae"] = stage_config("train_vae", settings)
@@ -72,7 +73,7 @@ class Run:
     def name(self): # for people: the digest alone identifies the run
         "The folder's name."
         settings = self.settings
-        label = {"sample_bank": f"-k{max(settings.k, *settings.ks)}", "train_diffusion": "", "measure_diffusion": ""}.get(self.stage, f"-{settings.method}" + (f"-k{settings.k}" if settings.method == "dmaapx" else "") + f"-seed{settings.seed}")
+        label = {"sample_bank": f"-k{max(settings.k, *settings.ks)}", "train_diffusion": "", "measure_diffusion": ""}.get(self.stage, f"-{settings.method}" + (f"-k{settings.k}" if METHODS[settings.method].draws_on_bank else "") + f"-seed{settings.seed}")
         return f"{self.stage}{label}-{self.digest}"
 
     @cached_property

@@ -17,6 +17,7 @@ from .costs import BANK_PARAMETERS, FINAL_SAMPLES, UNET_PARAMETERS, VAE_PARAMETE
 from .costs import image_counts
 from .identity import Run
 from .settings import load_params
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/15_plan.ipynb #plan05
@@ -26,7 +27,7 @@ def prerequisites(run: Run) -> list: # of `Run`
     model = [Run("train_diffusion", s)]*(s.weights == "trained")
     if run.stage == "sample_bank": return model
     if run.stage == "measure_diffusion": return model + [Run("train_vae", identity.reference_settings(s))]
-    if run.stage == "train_vae": return [Run("sample_bank", s)]*(s.method == "dmaapx")
+    if run.stage == "train_vae": return [Run("sample_bank", s)]*METHODS[s.method].draws_on_bank
     if run.stage == "measure_gaps": return [Run("train_vae", s)]
     return []
 

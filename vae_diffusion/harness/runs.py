@@ -20,6 +20,7 @@ from ..core.errors import ProjectError
 from .identity import Run, reference_settings
 from .settings import Settings
 from .tables import COLUMNS, read_table
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/03_runs.ipynb #cell033
@@ -99,7 +100,7 @@ def finish_run(
     "Writes the results, which marks the run as done, and returns them."
     settings = run.settings
     vae = run.stage in ("train_vae", "measure_gaps")
-    who = {"dataset": settings.dataset, "scale": settings.scale, "method": settings.method if vae else run.stage, "seed": settings.seed if vae else None, "k": settings.k if vae and settings.method == "dmaapx" else None,
+    who = {"dataset": settings.dataset, "scale": settings.scale, "method": settings.method if vae else run.stage, "seed": settings.seed if vae else None, "k": settings.k if vae and METHODS[settings.method].draws_on_bank else None,
            "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
     table = pd.DataFrame([who | r for r in rows]).reindex(columns=COLUMNS)
     with files.atomic_write(run.results, checksum=True) as tmp: table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")

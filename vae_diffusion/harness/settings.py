@@ -12,7 +12,7 @@ import yaml
 from .. import banks, data, likelihoods, models
 from ..core import paths, stopping
 from ..core.errors import ProjectError
-from ..sources import METHOD_NAMES
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/00_settings.ipynb #param01
@@ -38,9 +38,9 @@ class Settings:
     scale: str = param("smoke", "the name of this set of numbers", choices=("smoke", "cpu", "paper"))
     n_train: int = param(0, "training images, a fixed stratified part; 0: all", low=0, high=2**31, stage="all")
     n_test: int = param(0, "test images, likewise; 0: all", low=0, high=2**31, stage="all")
-    method: str = param("normal", "where the training images come from", choices=METHOD_NAMES, stage="train_vae")
+    method: str = param("normal", "where the training images come from", choices=METHODS, stage="train_vae")
     seed: int = param(0, "of initial weights, data order and training noise", low=0, high=2**31, stage="train_vae")
-    k: int = param(2, "bank images used by dmaapx, over |D_train|", high=10_000, stage="report")
+    k: int = param(2, "bank images used, over |D_train|, by a method that draws on a bank", high=10_000, stage="report")
     dm_widths: tuple = param((16, 16), "U-Net: channels at each resolution", high=2**16, stage="train_diffusion")
     dm_layers: int = param(1, "U-Net: residual blocks at each resolution", high=32, stage="train_diffusion")
     dm_dropout: float = param(0., "U-Net: dropout probability", low=0, high=0.9, stage="train_diffusion")
@@ -123,9 +123,9 @@ class Settings:
     attack_lr: float = param(1., "their step size", low=1e-06, stage="measure_gaps")
     attack_delta: float = param(0.1, "radius of the attack in the maximum norm, pixels in [0,1]",
         low=0, high=1, stage="measure_gaps")
-    methods: tuple = param(("normal", "dmaapx"), "the grid: methods", choices=METHOD_NAMES, stage="report")
+    methods: tuple = param(("normal", "dmaapx"), "the grid: methods", choices=METHODS, stage="report")
     seeds: tuple = param((0,), "the grid: seeds", low=0, high=2**31, stage="report")
-    ks: tuple = param((1, 2), "the grid: bank sizes of dmaapx", high=10_000, stage="report")
+    ks: tuple = param((1, 2), "the grid: bank sizes", high=10_000, stage="report")
 
     def __post_init__(self):
         for f in fields(self): object.__setattr__(self, f.name, _validated(f, getattr(self, f.name)))

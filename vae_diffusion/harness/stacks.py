@@ -13,7 +13,7 @@ from .builders import build_dataset, build_vae, require_bank
 from .identity import Run, stage_config
 from .measurements import curve_rows, measure_elbos
 from .runs import device, finish_run, open_run
-from ..sources import training_source
+from ..sources import METHODS, training_source
 
 
 # %% ../../nbs/harness/07_stacks.ipynb #46013ec5
@@ -22,11 +22,11 @@ def training_sources(
     images: data.Dataset, # from `build_dataset`, on the device
 ) -> list:
     "The training source of each; samples are drawn first if they are not there. Raises as `sources.training_source`."
-    named, banks = {digest(stage_config("bank", s)): s for s in sorted(settings, key=lambda s: s.k) if s.method == "dmaapx"}, {}
+    named, banks = {digest(stage_config("bank", s)): s for s in sorted(settings, key=lambda s: s.k) if METHODS[s.method].draws_on_bank}, {}
     for name, s in named.items(): # with the largest k
         bank = require_bank(s)
         banks[name] = bank[:s.k*len(images.train)].to("cuda") if device() == "cuda" else bank
-    of = lambda s: banks[digest(stage_config("bank", s))] if s.method == "dmaapx" else None
+    of = lambda s: banks[digest(stage_config("bank", s))] if METHODS[s.method].draws_on_bank else None
     return [training_source(s.method, images, s.seed, of(s), s.k) for s in settings]
 
 def train_runs(

@@ -20,11 +20,12 @@ from ..core.files import atomic_write
 from .builders import publish_weights
 from .figures import OVERVIEW, forest_plot, variant_curves
 from .identity import Run
-from .results import METHODS, reported_by_paper
+from .results import reported_by_paper
 from .runs import read_results
 from .settings import Settings, collect_settings, load_params
 from .style import save_figure
 from .tables import COLUMNS, read_table, write_table
+from ..sources import METHODS
 
 
 # %% ../../nbs/harness/13_studies.ipynb #cell005
@@ -43,7 +44,7 @@ class Study:
         base, found = load_params(self.dataset, self.scale), {}
         for stage, (label, change), values in product(self.stages, self.variants.items(), product(*self.grid.values())):
             run = Run(stage, with_changes(base, change | dict(zip(self.grid, values))))
-            if stage != "sample_bank" or run.settings.method == "dmaapx": found.setdefault(run.name, (label, run))
+            if stage != "sample_bank" or METHODS[run.settings.method].draws_on_bank: found.setdefault(run.name, (label, run))
         return [*found.values()]
 
 def with_changes(
@@ -127,11 +128,12 @@ def load_published_study(
 
 # %% ../../nbs/harness/13_studies.ipynb #24f8a322
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
-    "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method has three seeds or more, as in the paper."
+    "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method of the paper has three seeds or more."
+    methods = {name for name, method in METHODS.items() if method.in_paper}
     found = {name: (read_table(file), load_params(name)) for name in data.names if (file := paths.results()/f"{name}-cpu.csv").exists()}
     for s in map(load_study, study_files()):
-        if s.scale != "cpu" or set(s.grid.get("method", [])) != set(METHODS) or "seed" not in s.grid or not (paths.results()/f"{s.name}.csv").exists(): continue
+        if s.scale != "cpu" or not methods <= set(s.grid.get("method", [])) or "seed" not in s.grid or not (paths.results()/f"{s.name}.csv").exists(): continue
         t = load_published_study(s.name)
         found |= {f"{s.dataset}, {label}": (t[t.variant == label], with_changes(load_params(s.dataset), change | {"seeds": s.grid["seed"]})) for label, change in s.variants.items()}
-    found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(METHODS, fill_value=0) > 2).all()}
+    found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(sorted(methods), fill_value=0) > 2).all()}
     return dict(sorted(found.items(), key=lambda item: data.names.index(item[1][1].dataset)))

@@ -10,11 +10,13 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 from ..core import files
+from ..sources import METHODS
+
 
 # %% ../../nbs/harness/09_style.ipynb #cell005
 plt.switch_backend(mpl.get_backend()) # now, because within `rc_context` its settings would be undone
 
-COLORS = {"normal": "#D55E00", "aug_naive": "#56B4E9", "aug_tuned": "#0072B2", "dmaapx": "#009E73"}
+COLORS = {name: method.color for name, method in METHODS.items()}
 STYLE = {k: v for k, v in mpl.rcParamsDefault.items() if k not in ("backend", "backend_fallback", "interactive")} | { # nothing of a user's matplotlibrc
          "font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 7, "ytick.labelsize": 7, "axes.spines.top": False, "axes.spines.right": False,
          "axes.linewidth": .6, "xtick.major.width": .6, "ytick.major.width": .6, "lines.linewidth": 1.2, "figure.dpi": 96, "savefig.dpi": 200,
