@@ -17,7 +17,7 @@ from .settings import Settings
 from ..metrics import METRICS
 from ..sources import METHODS
 
-# %% ../../nbs/harness/01_identity.ipynb #0b3b291c
+# %% ../../nbs/harness/01_identity.ipynb #f6b73e8f
 def decides(
     parameter, # a field of `Settings`
     stage: str, # an experiment notebook, or "bank"
@@ -29,12 +29,12 @@ def decides(
     if about["unless"] is not None and value == about["unless"]: return False
     return about["only"] in ("", settings.net, settings.likelihood)
 
-# %% ../../nbs/harness/01_identity.ipynb #0ba90685
+# %% ../../nbs/harness/01_identity.ipynb #2e21dc2a
 def published_folder(settings: Settings) -> Path: # in `data/weights`
     "Locate the published diffusion model that the settings name, whether or not it exists."
     return paths.weights()/(settings.dataset if settings.weights == "published" else settings.weights)
 
-# %% ../../nbs/harness/01_identity.ipynb #db4ee11c
+# %% ../../nbs/harness/01_identity.ipynb #8af0910a
 def published_weights_digest(settings: Settings) -> str: # of weights, network and noise levels
     "Hash the files of the published diffusion model. Raises `ProjectError` if there is none, or it cannot be read."
     folder = published_folder(settings)
@@ -47,12 +47,12 @@ def published_weights_digest(settings: Settings) -> str: # of weights, network a
         raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): make it readable, or restore it from "
             "git") from e
 
-# %% ../../nbs/harness/01_identity.ipynb #7932eabb
+# %% ../../nbs/harness/01_identity.ipynb #cf5ab9e4
 def reference_settings(settings: Settings) -> Settings:
     "Derive the settings of the VAE that judges samples: trained on real images for a few epochs."
     return replace(settings, method="normal", seed=0, epochs=settings.quality_vae_epochs)
 
-# %% ../../nbs/harness/01_identity.ipynb #2d7bedbb
+# %% ../../nbs/harness/01_identity.ipynb #c0ce1706
 def largest_k(settings: Settings) -> int: # over |D_train|
     "Return the size of the bank that serves every run of the grid."
     return max(settings.k, *settings.ks)
@@ -78,7 +78,8 @@ def stage_config(
         own |= {"bank": stage_config("bank", settings), "vae": stage_config("train_vae", reference_settings(settings))}
     if stage == "measure_gaps":
         own["vae"] = stage_config("train_vae", settings)
-        if added := sorted(name for name, metric in METRICS.items() if metric.measure): own["metrics"] = added
+        added = sorted(name for name, metric in METRICS.items() if metric.measure)
+        if added: own["metrics"] = added
     return own
 
 # %% ../../nbs/harness/01_identity.ipynb #cell007
