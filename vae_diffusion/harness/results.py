@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'CLAIMS', 'grid', 'collect_results', 'publish_results', 'load_published', 'reported_by_paper',
-           'seed_interval', 'last_epoch', 'summarize', 'summary_markdown', 'welch_difference', 'verdict',
-           'judge_claims', 'provenance', 'claims_markdown']
+           'seed_interval', 'at_k', 'last_epoch', 'summarize', 'mean_text', 'summary_markdown', 'welch_difference',
+           'verdict', 'better_claim', 'judge_claims', 'provenance', 'claim_text', 'claims_markdown']
 
 # %% ../../nbs/harness/08_results.ipynb #a99d2e93
 from dataclasses import replace
@@ -32,137 +32,168 @@ def grid(
     bank = [Run("sample_bank", settings)] if banked else []
     return bank + [Run("train_vae", v) for v in main + more] + [Run("measure_gaps", v) for v in main]
 
-# %% ../../nbs/harness/08_results.ipynb #cell008
+# %% ../../nbs/harness/08_results.ipynb #64e505e1
 def collect_results(
     settings: Settings, # as in `grid`
 ) -> tuple[pd.DataFrame, list]: # tidy results, names of the runs that are not done
-    "The results of all runs of a grid. Raises `ProjectError` if none is done."
+    "Collect the results of all runs of a grid. Raises `ProjectError` if none is done."
     runs = grid(settings)
-    done = [run for run in runs if run.done]
-    if not done: raise ProjectError(f"no run of {settings.dataset} at scale {settings.scale} is done: `make reproduce` runs them")
-    return pd.concat([read_results(run).dropna(axis=1, how="all") for run in done]).reindex(columns=COLUMNS).reset_index(drop=True), [run.name for run in runs if not run.done]
+    tables = [read_results(run).dropna(axis=1, how="all") for run in runs if run.done]
+    if not tables:
+        raise ProjectError(f"no run of {settings.dataset} at scale {settings.scale} is done: "
+            "`make reproduce` runs them")
+    missing = [run.name for run in runs if not run.done]
+    return pd.concat(tables).reindex(columns=COLUMNS).reset_index(drop=True), missing
 
+# %% ../../nbs/harness/08_results.ipynb #cell008
 def publish_results(
     table: pd.DataFrame, # from `collect_results`, of all runs of the grid or some
     settings: Settings, # of the whole grid
 ) -> pd.DataFrame: # what is published now
-    "Stores results as the published ones. Those published earlier of the grid's other runs stay, so that a long grid can be run in parts."
+    "Store results as the published ones, beside those published earlier of the grid's other runs."
     file, order = paths.results()/f"{settings.dataset}-{settings.scale}.csv", [run.digest for run in grid(settings)]
-    if file.exists(): table = pd.concat([table, (old := read_table(file))[~old.config.isin(table.config)]])
+    if file.exists():
+        old = read_table(file)
+        table = pd.concat([table, old[~old.config.isin(table.config)]])
     table = table[table.config.isin(order)].sort_values("config", key=lambda c: c.map(order.index), kind="stable")
     write_table(table, file)
     return table
 
+# %% ../../nbs/harness/08_results.ipynb #0a140fb8
 def load_published(
-    dataset: str, # the data set
+    dataset: str, # its name
     scale: str="cpu", # the scale
 ) -> pd.DataFrame: # tidy results
-    "The stored results in `data/results`. Raises `ProjectError` if there are none."
+    "Read the published results in `data/results`. Raises `ProjectError` if there are none."
     file = paths.results()/f"{dataset}-{scale}.csv"
-    if not file.exists(): raise ProjectError(f"{file} is missing: there are no published results of {dataset} at scale {scale}")
-    return read_table(file)
+    if file.exists(): return read_table(file)
+    raise ProjectError(f"{file} is missing: there are no published results of {dataset} at scale {scale}")
 
+# %% ../../nbs/harness/08_results.ipynb #c2683950
 def reported_by_paper(
     settings: Settings, # of which data set and likelihood
 ) -> pd.DataFrame: # dataset, likelihood, method, metric, value, epoch, source
-    "The paper's own numbers, from `data/paper`; none for a data set that it does not have."
+    "Read the numbers that the paper reports; there are none for a data set that it does not have."
     table = pd.read_csv(paths.root()/"data"/"paper"/"reported.csv")
     return table[(table.dataset == settings.dataset) & (table.likelihood == settings.likelihood)]
 
 # %% ../../nbs/harness/08_results.ipynb #cell013
 def seed_interval(
     values, # [S], one per seed
-) -> tuple: # mean, low, high; the latter NaN for a single seed
-    "Mean over seeds with its 95 % Student-t interval."
+) -> tuple: # mean, low, high; the last two are NaN for a single seed
+    "Average over seeds, with the 95 % Student-t interval."
     values = list(values)
     return tuple(student_interval(values)[:3]) if len(values) > 1 else (values[0], float("nan"), float("nan"))
 
-# %% ../../nbs/harness/08_results.ipynb #cell014
-LABELS = {name: method.label for name, method in METHODS.items()}
+# %% ../../nbs/harness/08_results.ipynb #2be70a3f
+def at_k(
+    table: pd.DataFrame, # tidy results
+    k: int, # bank size over |D_train|
+) -> pd.DataFrame: # tidy results
+    "Select the rows of one bank size, and those of methods without a bank."
+    return table[table.k.isna() | (table.k == k)]
 
+# %% ../../nbs/harness/08_results.ipynb #cell014
 def last_epoch(
     table: pd.DataFrame, # tidy results
     metric: str, # its name
-    k=None, # for `dmaapx`: the bank size; all sizes if None
-) -> pd.DataFrame: # one row a run
-    "A metric after the last epoch."
+    k=None, # for methods that draw on a bank: its size; None: all sizes
+) -> pd.DataFrame: # one row per run
+    "Select a metric after the last epoch of each run, whenever that run ended."
     t = table[table.metric == metric]
     t = t[t.epoch == t.groupby("config").epoch.transform("max")]
-    return t if k is None else t[t.k.isna() | (t.k == k)]
+    return t if k is None else at_k(t, k)
 
 # %% ../../nbs/harness/08_results.ipynb #cell015
 def summarize(
     table: pd.DataFrame, # tidy results
     k: int, # the main bank size
-) -> pd.DataFrame: # one row a method and metric: mean, low, high, n (seeds)
-    "Mean over seeds with its 95 % interval, for every method and metric of the main comparison."
-    rows = []
+) -> pd.DataFrame: # one row per method and metric: mean, low, high, n (seeds)
+    "Average every metric of the main comparison over seeds, with 95 % intervals, in the order of the methods."
+    rows, order = [], list(METHODS)
     for metric in METRICS:
         for method, values in last_epoch(table, metric, k).groupby("method").value:
-            mean, low, high = seed_interval(values)
-            rows.append({"method": method, "metric": metric, "mean": mean, "low": low, "high": high, "n": len(values)})
-    order = list(METHODS)
-    return pd.DataFrame(rows, columns=["method", "metric", "mean", "low", "high", "n"]).sort_values("method", key=lambda c: c.map(order.index), kind="stable", ignore_index=True)
+            rows.append([method, metric, *seed_interval(values), len(values)])
+    found = pd.DataFrame(rows, columns=["method", "metric", "mean", "low", "high", "n"])
+    return found.sort_values("method", key=lambda c: c.map(order.index), kind="stable", ignore_index=True)
+
+# %% ../../nbs/harness/08_results.ipynb #f3c40c48
+LABELS = {name: method.label for name, method in METHODS.items()}
+
+# %% ../../nbs/harness/08_results.ipynb #ec4c89b0
+def mean_text(
+    r, # a row of `summarize`
+) -> str:
+    "Write mean ± half-width, or the mean of a single seed."
+    decimals, half = METRICS[r.metric].decimals, (r.high - r.low)/2
+    return f"{r['mean']:.{decimals}f}" + (f" ± {half:.{decimals}f}" if half == half else "")
 
 # %% ../../nbs/harness/08_results.ipynb #cell019
-def _cell(r, metric):
-    "Mean ± half-width."
-    digits = METRICS[metric].decimals
-    half = (r.high - r.low)/2
-    return f"{r['mean']:.{digits}f}" + (f" ± {half:.{digits}f}" if half == half else "")
-
 def summary_markdown(
     table: pd.DataFrame, # from `summarize`
     paper: pd.DataFrame=None, # from `reported_by_paper`: its last numbers below ours
 ) -> str:
-    "The summary as a table in Markdown, one row a method."
+    "Write the summary as a table in Markdown, one row per method."
     metrics = [m for m in METRICS if m in set(table.metric)]
     lines = ["| | " + " | ".join(METRICS[m].label for m in metrics) + " |", "|---|" + "---:|"*len(metrics)]
-    for method in table.method.unique():
-        cells = [table[(table.method == method) & (table.metric == m)] for m in metrics]
-        lines.append(f"| {LABELS[method]} | " + " | ".join(_cell(c.iloc[0], m) if len(c) else "-" for c, m in zip(cells, metrics)) + " |")
+    last = None if paper is None else paper.epoch.max()
+    for method, rows in table.groupby("method", sort=False):
+        texts = {r.metric: mean_text(r) for _, r in rows.iterrows()}
+        lines.append(f"| {LABELS[method]} | " + " | ".join(texts.get(m, "-") for m in metrics) + " |")
         if paper is None or paper.empty: continue
-        values = [paper[(paper.method == method) & (paper.metric == m) & (paper.epoch == paper.epoch.max())].value for m in metrics]
-        lines.append(f"| paper, epoch {paper.epoch.max()} | " + " | ".join(f"*{v.iloc[0]:g}*" if len(v) else "" for v in values) + " |")
+        p = paper[(paper.method == method) & (paper.epoch == last)].set_index("metric").value
+        lines.append(f"| paper, epoch {last} | " + " | ".join(f"*{p[m]:g}*" if m in p else "" for m in metrics) + " |")
     return "\n".join(lines)
 
-# %% ../../nbs/harness/08_results.ipynb #cell022
+# %% ../../nbs/harness/08_results.ipynb #acff7801
 def welch_difference(
     table: pd.DataFrame, # tidy results
     metric: str, # its name
     method: str, # the method in question
-    against: str="normal", # the method it is compared with
-    k=None, # for `dmaapx`: the bank size
+    against: str="normal", # the method that it is compared with
+    k=None, # for methods that draw on a bank: its size
     against_metric=None, # if the other is measured by another metric
-    against_k=None, # if the other is `dmaapx` with another bank size
+    against_k=None, # if the other draws on a bank of another size
 ) -> tuple: # difference of means, low, high
-    "Mean of `method` minus mean of `against`, with a 95 % Welch interval over seeds. Raises `ProjectError` if one of them has fewer than two."
+    """Subtract the mean of `against` from that of `method`, with a 95 % Welch interval over seeds.
+
+    Raises `ProjectError` if one of them has fewer than two seeds."""
     from scipy.stats import ttest_ind # imported here, for it takes a second that most runs do not need
-    a, b = ((t := last_epoch(table, m, k))[t.method == who].value for m, who, k in ((metric, method, k), (against_metric or metric, against, against_k or k)))
-    if min(len(a), len(b)) < 2: raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, there are {len(a)} and {len(b)}")
+    def values(metric, method, k):
+        t = last_epoch(table, metric, k)
+        return t[t.method == method].value
+    a, b = values(metric, method, k), values(against_metric or metric, against, against_k or k)
+    if min(len(a), len(b)) < 2:
+        raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, there are "
+            f"{len(a)} and {len(b)}")
     ci = ttest_ind(a, b, equal_var=False).confidence_interval()
     return a.mean() - b.mean(), ci.low, ci.high
 
+# %% ../../nbs/harness/08_results.ipynb #cell022
 def verdict(
     low: float, # of an interval
     high: float, # of an interval
     sign: int, # +1 if the claim says that the difference is positive, -1 if negative
-) -> str:
-    "Whether a claim about the sign of a difference holds, fails or is open."
+) -> str: # holds, fails or open
+    "Judge a claim about the sign of a difference."
     low, high = sorted((sign*low, sign*high))
     return "holds" if low > 0 else "fails" if high < 0 else "open"
 
-# %% ../../nbs/harness/08_results.ipynb #cell025
-def _claim(metric, other):
-    "Claim that DMaaPx is better than another method: text, metric of dmaapx, the other method, its metric, sign."
-    about = METRICS[metric]
+# %% ../../nbs/harness/08_results.ipynb #252e51c8
+def better_claim(
+    metric: str, # its name
+    other: str, # the method that DMaaPx is compared with
+) -> tuple: # text, metric of dmaapx, the other method, its metric, sign
+    "Claim that DMaaPx is better than another method."
+    about, label = METRICS[metric], LABELS[other]
     word, sign = ("higher", +1) if about.better == "higher" else ("smaller", -1)
-    return f"DMaaPx has a {word} {about.label} than {LABELS[other]}", metric, other, metric, sign
+    return f"DMaaPx has a {word} {about.label} than {label}", metric, other, metric, sign
 
-CLAIMS = [_claim(metric, "normal") for metric, about in METRICS.items() if about.drawn]
+# %% ../../nbs/harness/08_results.ipynb #cell025
+CLAIMS = [better_claim(metric, "normal") for metric, about in METRICS.items() if about.drawn]
 CLAIMS.append(("DMaaPx at the last epoch has a higher test ELBO than Normal at its best epoch",
                "elbo_test", "normal", "elbo_test_best", +1))
-CLAIMS += [_claim(metric, other) for metric in ("elbo_test", "generalization_gap")
+CLAIMS += [better_claim(metric, other) for metric in ("elbo_test", "generalization_gap")
            for other in METHODS if other not in ("normal", "dmaapx")]
 
 # %% ../../nbs/harness/08_results.ipynb #claims2
@@ -178,29 +209,41 @@ def judge_claims(
         rows.append({"claim": text, "difference": mean, "low": low, "high": high, "verdict": verdict(low, high, sign)})
     return pd.DataFrame(rows, columns=["claim", "difference", "low", "high", "verdict"])
 
-# %% ../../nbs/harness/08_results.ipynb #cell028
+# %% ../../nbs/harness/08_results.ipynb #899a238d
 def provenance(
     table: pd.DataFrame, # tidy results
     settings: Settings, # their settings
 ) -> str: # Markdown
-    "One line below a table: what was run, on what, and for how long."
+    "Write the line below a table: what was run, on what hardware, and for how long."
     def time(seconds): return f"{seconds/3600:.1f} hours" if seconds >= 3600 else f"{seconds/60:.0f} minutes"
-    each = table.drop_duplicates("config").groupby("hardware").seconds.agg(n="size", seconds="sum").sort_values("n", ascending=False)
-    seeds = sorted(table.seed.dropna().unique())
-    done = [f"seed{'s'*(len(seeds) > 1)} {', '.join(f'{i:g}' for i in seeds)}"] + [
-        f"{LABELS[m]} with k = {settings.k}" for m in METHODS if METHODS[m].draws_on_bank and m in set(table.method)]
-    return (f"Scale `{settings.scale}`: {settings.epochs} effective epochs, {', '.join(done)}. "
-            + "; ".join(f"{r.n} runs on {r.Index}, {time(r.seconds)} of computing in all" for r in each.itertuples()) + ".")
+    seeds, present = sorted(table.seed.dropna().unique()), set(table.method)
+    said = [("seed " if len(seeds) == 1 else "seeds ") + ", ".join(f"{i:g}" for i in seeds)]
+    said += [f"{LABELS[m]} with k = {settings.k}" for m in METHODS if METHODS[m].draws_on_bank and m in present]
+    runs = table.drop_duplicates("config").groupby("hardware").seconds
+    machines = runs.agg(n="size", seconds="sum").sort_values("n", ascending=False).itertuples()
+    where = "; ".join(f"{r.n} runs on {r.Index}, {time(r.seconds)} of computing in all" for r in machines)
+    return f"Scale `{settings.scale}`: {settings.epochs} effective epochs, {', '.join(said)}. {where}."
 
+# %% ../../nbs/harness/08_results.ipynb #8c6fa994
+def claim_text(
+    claims: pd.DataFrame, # from `judge_claims`
+    claim: str, # its text
+    decimals: int, # shown
+) -> str: # "-" if it could not be measured
+    "Write a claim's difference, interval and verdict."
+    r = next(claims[claims.claim == claim].itertuples(), None)
+    if r is None: return "-"
+    return f"{r.difference:+.{decimals}f} [{r.low:+.{decimals}f}, {r.high:+.{decimals}f}] **{r.verdict}**"
+
+# %% ../../nbs/harness/08_results.ipynb #cell028
 def claims_markdown(
     found: dict, # title of a column, such as a data set -> claims, from `judge_claims`
 ) -> str: # Markdown
-    "The claims as a table; - where a claim could not be measured."
+    "Write the claims that were measured anywhere as a table, one row per claim."
     lines = ["| claim | " + " | ".join(found) + " |", "|---|" + "---:|"*len(found)]
-    for claim, metric in [(text, metric) for text, metric, *_ in CLAIMS if any(text in set(t.claim) for t in found.values())]:
-        d, cells = METRICS[metric].decimals, []
-        for t in found.values():
-            r = next(t[t.claim == claim].itertuples(), None)
-            cells.append(f"{r.difference:+.{d}f} [{r.low:+.{d}f}, {r.high:+.{d}f}] **{r.verdict}**" if r else "-")
+    measured = set().union(*(t.claim for t in found.values()))
+    for claim, metric, *_ in CLAIMS:
+        if claim not in measured: continue
+        cells = [claim_text(t, claim, METRICS[metric].decimals) for t in found.values()]
         lines.append(f"| {claim} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
