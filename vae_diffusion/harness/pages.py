@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'interval', 'difference', 'compared', 'result', 'comparison', 'claims',
            'differences', 'more_samples', 'means', 'similarities', 'bits_per_dimension', 'diffusion_training',
-           'qualities', 'quality_table', 'quality_while_learning', 'search_length', 'outcomes']
+           'bound_curve', 'qualities', 'quality_table', 'quality_while_learning', 'search_length', 'variants',
+           'mean_curve', 'beside', 'gap_at_equal_fit', 'outcomes']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
+import numpy as np
 import pandas as pd
 from ..core.errors import ProjectError
 from .results import LABELS, METRICS, Metric, judge_claims, last_epoch, provenance
@@ -178,6 +180,16 @@ def diffusion_training(
             f"{', '.join(table.hardware.unique())}. Error bars are two standard errors over images; "
             "there is no interval over seeds.")
 
+def bound_curve(
+    table: pd.DataFrame, # tidy results of `train_diffusion`, of one model
+    n_train: int, # training images
+) -> pd.DataFrame: # a row a point of the curve
+    "Select the bound on log p while a diffusion model learned, by the images that it had seen."
+    t = table[table.metric.isin(["bound_train", "bound_test"])]
+    t = t.assign(images=(n_train*t.epoch).round(-2).astype(int))
+    t = t.pivot_table(index=["images", "seconds"], columns="metric", values="value").reset_index()
+    return t.rename_axis(columns=None)[["images", "seconds", "bound_train", "bound_test"]]
+
 def qualities(
     table: pd.DataFrame, # tidy results of `measure_diffusion`, of one model
     images: str="sample", # what was judged: sample, test or train
@@ -205,7 +217,7 @@ def quality_while_learning(
     real = table[table.epoch.isna()]
     return quality_table(rows | {"test images": (real, "test"), "training images": (real, "train")})
 
-# %% ../../nbs/harness/17_pages.ipynb #pages032
+# %% ../../nbs/harness/17_pages.ipynb #pages033
 def search_length(
     table: pd.DataFrame, # tidy results of a study of the search's steps, `variant` as "100 steps"
 ) -> str: # Markdown
@@ -214,7 +226,67 @@ def search_length(
     t = t.loc[sorted(t.index, key=lambda v: int(v.split()[0])), ["value", "n"]]
     return t.rename(columns={"value": about("elbo_star_test").label, "n": "images"}).to_markdown(floatfmt=(None, ".2f", ".0f"))
 
-# %% ../../nbs/harness/17_pages.ipynb #pages035
+# %% ../../nbs/harness/17_pages.ipynb #pages036
+def variants(
+    table: pd.DataFrame, # tidy results with `variant`
+    metrics, # the columns
+    by=("variant",), # what names a row
+) -> str: # Markdown
+    "Write metrics after the last epoch, a row a variant, averaged over seeds."
+    by, columns = list(by), {}
+    for m in metrics:
+        values = last_epoch(table, m).groupby(by, sort=False).value.mean()
+        columns[about(m).label] = values.map(f"{{:.{about(m).decimals}f}}".format)
+    t = pd.DataFrame(columns).fillna("-")
+    t.index = [" with ".join(map(str, name)) if len(by) > 1 else name for name in t.index]
+    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*len(columns)])
+
+# %% ../../nbs/harness/17_pages.ipynb #pages039
+def mean_curve(
+    table: pd.DataFrame, # tidy results of one method, or the paper's
+) -> pd.DataFrame: # a row an epoch
+    "Average the ELBO of training and test images over seeds."
+    t = table[table.metric.isin(["elbo_train", "elbo_test"])]
+    return t.groupby(["epoch", "metric"]).value.mean().unstack().dropna()
+
+def beside(
+    curves: dict, # label -> from `mean_curve`
+) -> str: # Markdown
+    "Write learning curves beside each other, at the epochs that all of them have."
+    t = pd.concat({name: c for name, c in curves.items()}, axis=1, join="inner")
+    t.columns = [f"{about(metric).label}, {name}" for name, metric in t.columns]
+    t.index = t.index.astype(int)
+    return t[sorted(t, key=lambda c: c.split(",")[0])].to_markdown(floatfmt=".1f")
+
+def gap_at_equal_fit(
+    curves: dict, # label -> from `mean_curve`
+    levels, # training ELBOs, nats
+) -> str: # Markdown
+    "Write the generalization gap at equal training ELBO; - where a run does not come so far."
+    rows = {name: np.interp(levels, c.elbo_train, c.elbo_train - c.elbo_test, right=np.nan) for name, c in curves.items()}
+    t = pd.DataFrame(rows, index=levels).T.map(lambda gap: "-" if np.isnan(gap) else f"{gap:.1f}")
+    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*len(levels)])
+
+# %% ../../nbs/harness/17_pages.ipynb #pages041
+def listed(
+    rows: dict, # what -> number, as text
+    title: str, # of the column of numbers
+) -> str: # Markdown
+    "Write a table of one column."
+    return "
+".join([f"| | {title} |", "|---|---:|", *(f"| {what} | {number} |" for what, number in rows.items())])
+
+def means_with_intervals(
+    runs: dict, # label -> tidy results of runs that differ in the seed alone
+) -> str: # Markdown
+    "Write the metrics of the comparison with their 95 % Student-t intervals over seeds, a row each."
+    tables = pd.concat([summarize(t.assign(method="normal", k=None), None).assign(label=label) for label, t in runs.items()])
+    cells = {(r.label, METRICS[r.metric].label): f"{r.mean:.{d}f} ± {(r.high - r.low)/2:.{d}f}"
+             for r in tables.itertuples() for d in [METRICS[r.metric].decimals]}
+    t = pd.Series(cells).unstack().reindex(index=[*runs], columns=[m.label for m in METRICS.values()])
+    return t.fillna("-").to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
+
+# %% ../../nbs/harness/17_pages.ipynb #pages044
 def outcomes(
     found: dict, # as in `result`
     metric: str, # in question
