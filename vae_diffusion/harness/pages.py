@@ -6,7 +6,7 @@
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'interval', 'difference', 'compared', 'result', 'comparison', 'claims',
            'differences', 'more_samples', 'means', 'similarities', 'bits_per_dimension', 'diffusion_training',
            'bound_curve', 'qualities', 'quality_table', 'quality_while_learning', 'search_length', 'variants',
-           'mean_curve', 'beside', 'gap_at_equal_fit', 'outcomes']
+           'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
@@ -273,8 +273,7 @@ def listed(
     title: str, # of the column of numbers
 ) -> str: # Markdown
     "Write a table of one column."
-    return "
-".join([f"| | {title} |", "|---|---:|", *(f"| {what} | {number} |" for what, number in rows.items())])
+    return "\n".join([f"| | {title} |", "|---|---:|", *(f"| {what} | {number} |" for what, number in rows.items())])
 
 def means_with_intervals(
     runs: dict, # label -> tidy results of runs that differ in the seed alone
