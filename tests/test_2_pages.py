@@ -50,7 +50,7 @@ LEAKS = {  # what a page may do -> what is then said to have changed
     "import subprocess as s; s.Popen(['sleep', '60'], stdout=s.DEVNULL, stderr=s.DEVNULL)": "processes",
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": "signals: SIGTERM",
     "import gzip; gzip.open = print": "names: .*'gzip', 'open'",
-    "from vae_diffusion import data; del data.sources['cifar10']": "names: .*'sources'",
+    "from vae_diffusion import data; del data.DATASETS['cifar10']": "names: .*'DATASETS'",
     "from vae_diffusion.banks import SampleBank; SampleBank.fill = None": "names: .*'SampleBank', 'fill'",
     "import logging; logging.disable()": "logging: all",
     "from vae_diffusion.harness import runs; runs.retain_freed_memory()": "memory: True before, False after"}

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ class Formats:
         known = {f: (len(raw), formats.md5_digest(raw)) for f, raw in files.items()}
         (self.folder / name).mkdir()
         for f, raw in files.items(): (self.folder / name / f).write_bytes(raw)
-        return data.Source(name, 256, (), {}, known, data.sources[name].parse)
+        return data.PublishedFiles(name, (), {}, known, data.DATASETS[name].source.parse)
 
     def idx(self):
         image, label = (b"\0\0\x08\x03" + b"\0\0\0\x05\0\0\0\x04\0\0\0\x04" + bytes(range(80)), b"\0\0\x08\x01\0\0\0\x05" + bytes(5))
@@ -67,7 +67,9 @@ class Formats:
         return self.folder / "cifar10" / "0.bin", lambda: self.load("cifar10", source)
 
     def load(self, name, source):
-        with patch.dict(data.sources, {name: source}): return data.load(name, self.folder).train.numpy().tobytes()
+        shape, n = ((1, 4, 4), 5) if name == "fashion_mnist" else ((3, 32, 32), 1)
+        tiny = replace(data.DATASETS[name], source=source, shape=shape, n_train=n, n_test=n)
+        with patch.dict(data.DATASETS, {name: tiny}): return data.load(name, self.folder).train.numpy().tobytes()
 
     def bank(self):
         SampleBank(self.folder / "bank").fill(self, 20, batch=5, shard=10, progress=False)
@@ -192,10 +194,11 @@ def test_stages_that_are_repeated_killed_and_started_at_once(tmp_path, tries, re
 
 
 DOWNLOAD = """
-import json, os, sys
+import dataclasses, json, os, sys
 from vae_diffusion import data
 from vae_diffusion.core import formats
-data.sources["cifar10"] = data.Source(**json.loads(sys.argv[1]), parse=data.sources["cifar10"].parse)
+source = data.PublishedFiles(**json.loads(sys.argv[1]), parse=data.cifar10.parse)
+data.DATASETS["cifar10"] = dataclasses.replace(data.DATASETS["cifar10"], source=source, n_train=1, n_test=1)
 parent, children = os.getpid(), []
 while os.getpid() == parent and len(children) < 7: children.append(os.fork()) # eight processes
 print(formats.md5_digest(data.load("cifar10").train.numpy().tobytes()), flush=True)
@@ -223,7 +226,7 @@ def test_eight_downloads_at_once(tmp_path, record):
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        source = {"folder": "tiny", "levels": 256, "mirrors": [f"http://127.0.0.1:{server.server_port}/"],
+        source = {"folder": "tiny", "mirrors": [f"http://127.0.0.1:{server.server_port}/"],
                   "containers": {served.name: formats.md5_digest(served.read_bytes())}, "files": {name: [len(raw), formats.md5_digest(raw)] for name, raw in batches.items()}}
         env = {k: v for k, v in os.environ.items() if k != "VAE_DIFFUSION_DATA"} | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}
         said = run(sys.executable, "-c", DOWNLOAD, json.dumps(source), env=env, timeout=120)

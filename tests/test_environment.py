@@ -78,7 +78,7 @@ def test_a_full_cache_is_read_without_permission_to_write(folder, monkeypatch):
     here = folder / "datasets/tiny"
     here.mkdir(parents=True)
     (here / "a.bin").write_bytes(b"known")
-    source = data.Source("tiny", 2, ("http://127.0.0.1:9/",), {"a.bin": formats.md5_digest(b"known")}, {"a.bin": (5, formats.md5_digest(b"known"))}, list)
+    source = data.PublishedFiles("tiny", ("http://127.0.0.1:9/",), {"a.bin": formats.md5_digest(b"known")}, {"a.bin": (5, formats.md5_digest(b"known"))}, list)
     with read_only(folder): assert data.fetch(source) == here
     (here / "a.bin").write_bytes(b"other")
     with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): data.fetch(source)

@@ -130,10 +130,10 @@ def load_published_study(
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
     "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method of the paper has three seeds or more."
     methods = {name for name, method in METHODS.items() if method.in_paper}
-    found = {name: (read_table(file), load_params(name)) for name in data.names if (file := paths.results()/f"{name}-cpu.csv").exists()}
+    found = {name: (read_table(file), load_params(name)) for name in data.DATASETS if (file := paths.results()/f"{name}-cpu.csv").exists()}
     for s in map(load_study, study_files()):
         if s.scale != "cpu" or not methods <= set(s.grid.get("method", [])) or "seed" not in s.grid or not (paths.results()/f"{s.name}.csv").exists(): continue
         t = load_published_study(s.name)
         found |= {f"{s.dataset}, {label}": (t[t.variant == label], with_changes(load_params(s.dataset), change | {"seeds": s.grid["seed"]})) for label, change in s.variants.items()}
     found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(sorted(methods), fill_value=0) > 2).all()}
-    return dict(sorted(found.items(), key=lambda item: data.names.index(item[1][1].dataset)))
+    return dict(sorted(found.items(), key=lambda item: [*data.DATASETS].index(item[1][1].dataset)))
