@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from .results import METRICS, last_epoch, reported_by_paper, seed_interval, welch_difference
-from .style import COLORS, STYLE, make_subplots
+from .style import COLORS, STYLE, make_subplots, name_scale
 from ..levels import check_unit
 from ..sources import METHODS
 
@@ -43,11 +43,11 @@ def learning_curves(
                 if paper is not None:
                     p = paper[(paper.metric == metric) & (paper.method == method) & (paper.epoch <= mean.index[-1])]
                     if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
-                ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_"), color))
-            for va, (y, x, part, shade) in zip(("top", "bottom"), sorted(ends)): ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color=shade, fontsize=7, annotation_clip=False)
+                ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_"), "0.3"))
+            for va, (y, x, part, shade) in zip(("top", "bottom"), sorted(ends)): ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color=shade, fontsize=8, annotation_clip=False)
             ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=color)
-            ax.annotate(f"best test {mean.max():.1f} at epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction", ha="center", fontsize=6.5, color="0.3")
-            ax.set_title(METHODS[method].label + (f" (k = {k})" if METHODS[method].draws_on_bank else ""), color=COLORS[method], pad=12)
+            ax.annotate(f"best {mean.max():.1f}, epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction", ha="center", fontsize=8, color="0.3")
+            ax.set_title(METHODS[method].label + (f" (k = {k})" if METHODS[method].draws_on_bank else ""), pad=14)
         flat = table[table.metric.isin(["elbo_train", "elbo_test"])]
         low = flat[flat.epoch >= flat.epoch.max()*.08].value.min()
         axes[0, 0].set(ylabel="ELBO / nats per image", ylim=(low - 2, None), xlim=(0, flat.epoch.max()*1.04))
@@ -72,8 +72,9 @@ def variant_curves(
         p = paper[(paper.method == method) & (paper.epoch <= last) & paper.metric.isin(["elbo_train", "elbo_test"])]
         if len(p): ax.plot(p.epoch, p.value, "D", ms=5, mfc="none", mec="black", label="the paper", zorder=3)
         late = table[table.metric.isin(["elbo_train", "elbo_test"]) & (table.epoch >= last/5)].value
-        ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image", title=title, xlim=(0, last*1.03), ylim=(late.min() - 1, None))
-        ax.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5))
+        ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image", xlim=(0, last*1.03), ylim=(late.min() - 1, None))
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, .5))
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #cell015
@@ -89,7 +90,7 @@ def diffusion_curve(
             t = table[table.metric == f"bound_{part}"]
             ax.plot(t.epoch, t.value, style, color=color)
             ax.fill_between(t.epoch, t.value - t.stderr, t.value + t.stderr, color=color, alpha=.15, lw=0)
-            ax.annotate(part, (t.epoch.iloc[-1], t.value.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if t.value.iloc[-1] == max(last.bound_train, last.bound_test) else "top", color=color, fontsize=7, annotation_clip=False)
+            ax.annotate(part, (t.epoch.iloc[-1], t.value.iloc[-1]), xytext=(3, 0), textcoords="offset points", va="bottom" if t.value.iloc[-1] == max(last.bound_train, last.bound_test) else "top", color=color, fontsize=8, annotation_clip=False)
         late = t[t.epoch > t.epoch.max()*.15].value
         ax.set(xlabel="effective epoch", ylabel="bound on log p / nats per image", title=title, ylim=(late.min() - 3*t.stderr.max(), None))
     return fig
@@ -121,7 +122,7 @@ def gap_panels(
                     if len(p): ax.plot(p.value, [y]*len(p), "D", ms=4, mfc="none", mec=COLORS[method], mew=.8)
             ax.set(xlabel=f"{about.label} / {about.unit}", yticks=range(len(methods)), ylim=(-.6, len(methods) - .4))
             ax.set_yticklabels([METHODS[m].label for m in reversed(methods)])
-            ax.set_title(f"{about.better} is better", fontsize=6.5, color="0.4")
+            ax.set_title(f"{about.better} is better", fontsize=8, color="0.4")
             ax.grid(axis="x", lw=.3, color="0.85")
             ax.set_axisbelow(True)
             if max(map(abs, ax.get_xlim())) >= 1e4: ax.locator_params(axis="x", nbins=3) # long numbers
@@ -146,7 +147,7 @@ def elbo_against_k(
             mean, low, high = seed_interval(values)
             ax.axhline(mean, color=COLORS["normal"], ls=style, lw=1)
             ax.axhspan(low, high, color=COLORS["normal"], alpha=.10, lw=0)
-            ax.annotate(label, (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 1 if side == "top" else -1), textcoords="offset points", va=side, color=COLORS["normal"], fontsize=7)
+            ax.annotate(label, (1, mean), xycoords=("axes fraction", "data"), xytext=(4, 1 if side == "top" else -1), textcoords="offset points", va=side, color=COLORS["normal"], fontsize=8)
         t = last_epoch(table, "elbo_test")
         for i, ((method, label), style) in enumerate(zip(banks.items(), ("-", "--", ":"))):
             by_k = t[t.method == method].groupby("k").value
@@ -154,15 +155,16 @@ def elbo_against_k(
             ks = np.array(list(by_k.groups))*1.06**i # side by side
             for k, (_, v) in zip(ks, by_k): ax.plot(np.full(len(v), k), v, "o", ms=3, mfc="white", mec=COLORS["dmaapx"], mew=.8)
             ax.errorbar(ks, mean, (mean - low, high - mean), color=COLORS["dmaapx"], ls=style, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(COLORS["dmaapx"], .45), marker="_", ms=9, zorder=1)
-            ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1), textcoords="offset points", va="top", color=COLORS["dmaapx"], fontsize=7)
-        ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image", title=title)
+            ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1), textcoords="offset points", va="top", color=COLORS["dmaapx"], fontsize=8)
+        ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image")
         ks = sorted(t[t.method.isin(banks)].k.unique())
         ax.set_xticks(ks, [f"{k:g}" for k in ks])
         ax.minorticks_off()
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #cell024
-OVERVIEW = "Against normal training, cpu scale: difference of means, 95 % interval over seeds; ◇ the paper, epoch 1000"
+OVERVIEW = "Against normal training: difference of means, 95 % interval over seeds; ◇ the paper, epoch 1000"
 
 def forest_plot(
     tables: dict, # name of a data set -> (tidy results, `Settings`)
@@ -186,7 +188,7 @@ def forest_plot(
                 ax.axvline(0, color=COLORS["normal"], lw=.8, zorder=0)
                 ax.set(yticks=range(len(methods)), yticklabels=[METHODS[m].label for m in reversed(methods)], ylim=(-.6, len(methods) - .4))
                 ax.locator_params(axis="x", nbins=4, steps=[1, 2, 5, 10])
-                if ax in axes[0]: ax.set_title(f"{about.label} / {about.unit}", fontsize=7.5)
+                if ax in axes[0]: ax.set_title(f"{about.label} / {about.unit}\n{'right' if about.better == 'higher' else 'left'} is better")
             row[0].set_ylabel(textwrap.fill(name, 15))
         fig.supxlabel("difference to normal training", fontsize=8)
         if title: fig.suptitle(title, fontsize=9)
@@ -199,10 +201,10 @@ def figures_from_results(
 ) -> dict: # name -> `Figure`
     "The figures that results alone decide; none before a VAE of the main comparison is trained."
     if not _order(table, settings.k): return {}
-    where, paper = f"{settings.dataset}, {settings.scale} scale", reported_by_paper(settings)
+    where, paper = name_scale(settings.dataset, settings.scale), reported_by_paper(settings)
     beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}" if len(paper) else ""
-    figs = {"gaps": gap_panels(table, settings.k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper), "curves": learning_curves(table, settings.k, where + ("; ◇ the paper" if len(paper) and (paper.epoch <= settings.epochs).any() else ""), paper)}
-    return figs | ({"against_k": elbo_against_k(table, where)} if table.k.nunique() > 1 else {})
+    figs = {"gaps": gap_panels(table, settings.k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper), "curves": learning_curves(table, settings.k, f"{where}: ELBO of training and test images" + ("; ◇ the paper" if len(paper) and (paper.epoch <= settings.epochs).any() else ""), paper)}
+    return figs | ({"against_k": elbo_against_k(table, f"{where}: test ELBO by the size of the bank")} if table.k.nunique() > 1 else {})
 
 # %% ../../nbs/harness/10_figures.ipynb #cell029
 def search_curve(
@@ -216,7 +218,7 @@ def search_curve(
             ax.plot(range(1, len(y) + 1), y, style, color="0.2", label=label)
         top, span = float(trace.max()), float(trace.max() - trace[:, 0].min())
         ax.set(xlabel="step of Adam", ylabel="ELBO / nats per image", ylim=(top - max(3*span, 1), top + max(.3*span, .2)), title=title)
-        ax.legend(frameon=False, fontsize=7, loc="lower right")
+        ax.legend(frameon=False, fontsize=8, loc="lower right")
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #cell032
@@ -235,7 +237,7 @@ def image_grid(
             strip = x.permute(2, 0, 3, 1).flatten(1, 2)
             ax.imshow(strip.squeeze(-1), vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center", fontsize=7)
+            ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center", fontsize=8)
             for side in ax.spines.values(): side.set_visible(False)
         if title: fig.suptitle(title, fontsize=9)
     return fig

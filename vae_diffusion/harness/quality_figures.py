@@ -10,6 +10,7 @@ __all__ = ['REAL', 'USED', 'quality_figure', 'compare_recipes', 'recipes_figure'
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from .. import data
 from .measurements import QUANTILES
 from .style import COLORS, STYLE, make_subplots
 
@@ -27,7 +28,7 @@ def quality_figure(
     found = table[table.metric == "two_sample_sample"].variant.unique() # at most three
     ways = dict(zip(found, [*("#CC79A7", "#E69F00")[:len(found) - 1], COLORS["dmaapx"]], strict=True))
     with mpl.rc_context(STYLE):
-        fig, (bound, told, elbo, near) = make_subplots(1, 4, figsize=(8.4, 2.5))
+        fig, (bound, told, elbo, near) = make_subplots(1, 4, figsize=(8.4, 2.6))
         bounds = {style: curve(f"bound_{part}") for part, style in (("train", "--"), ("test", "-"))}
         for style, t in bounds.items(): bound.plot(t.epoch, t.value, style, color=REAL)
         bound.set(title="diffusion model's bound", ylabel="bound on log p / nats", ylim=(min(t.value.iloc[len(t)//8] for t in bounds.values()), None))
@@ -74,11 +75,13 @@ def recipes_figure(
     with mpl.rc_context(STYLE):
         fig, ax = make_subplots(figsize=(5.4, 2.6))
         for i, (name, r) in enumerate(t.iterrows(), 1):
-            ax.plot(r["bound at the end"], r["samples: distance"], "o", ms=9, mfc="white", mec=COLORS["dmaapx"] if name.startswith(USED) else REAL)
-            ax.annotate(str(i), (r["bound at the end"], r["samples: distance"]), ha="center", va="center_baseline", fontsize=6)
-            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction", fontsize=6.5, color=COLORS["dmaapx"] if name.startswith(USED) else "black")
-        ax.set(xlabel="bound on log p of training images / nats (higher is better)", ylabel="samples: distance to the\nnearest training image", title=title)
+            ax.plot(r["bound at the end"], r["samples: distance"], "o", ms=11, mfc="white", mec=COLORS["dmaapx"] if name.startswith(USED) else REAL)
+            ax.annotate(str(i), (r["bound at the end"], r["samples: distance"]), ha="center", va="center_baseline")
+            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction", fontsize=8, color=COLORS["dmaapx"] if name.startswith(USED) else "black")
+        ax.set(xlabel="bound on log p of training images / nats (higher is better)", ylabel="samples: distance to the\nnearest training image")
+        ax.locator_params(axis="x", nbins=5)
         ax.margins(.12)
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #3f0c51ab
@@ -122,7 +125,7 @@ def optimizers_figure(
                 told.errorbar(d.seconds, 100*d.value, 200*d.stderr, color=color, marker="o", ms=3, elinewidth=.8)
             end = b.seconds.max()
             late = pd.concat([training_curve(t, "bound_train") for t in curves.values()]).query("seconds > @end/12")
-            bound.set(title=dataset, ylim=(late.value.min(), None))
+            bound.set(title=data.DATASETS[dataset].label, ylim=(late.value.min(), None))
             told.axhline(100*table[table.metric == "two_sample_test"].value.iloc[0], color="#BBBBBB", lw=.8, zorder=0)
             told.set(xlabel="processor time / s", ylim=(45, None), xscale="log", xlim=(end/12, 1.15*end))
             told.xaxis.set(major_locator=mpl.ticker.FixedLocator([end/8, end/4, end/2, end]), major_formatter="{x:.0f}", minor_locator=mpl.ticker.NullLocator())

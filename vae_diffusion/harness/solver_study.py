@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from .results import last_epoch, seed_interval
-from .style import COLORS, STYLE, make_subplots
+from .style import COLORS, STYLE, make_subplots, name_scale
 
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell005
@@ -49,7 +49,7 @@ def solver_figure(
     table: pd.DataFrame, # as in `paired_differences`
 ):
     "Test ELBO of the VAEs against the evaluations of the sampler behind their bank."
-    title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval, {table.seed.nunique()} seeds"
+    title = f"{name_scale(table.dataset.iloc[0], table.scale.iloc[0])}: mean, 95 % interval, {table.seed.nunique()} seeds"
     with mpl.rc_context(STYLE):
         fig, ax = make_subplots(figsize=(4, 2.8))
         for solver, color, label in (("heun", "#666666", "Heun, the paper's"), ("multistep", COLORS["dmaapx"], "multistep solver"), ("stochastic", "#CC79A7", "stochastic solver")):
@@ -62,10 +62,11 @@ def solver_figure(
             for i, v in by: ax.plot(np.full(len(v), i), v, "o", ms=3, mfc="white", mec=color, mew=.7)
             ax.errorbar(n, mean, (mean - low, high - mean), color=color, lw=1.2, elinewidth=2.2, ecolor=mpl.colors.to_rgba(color, .45), marker="_", ms=9, zorder=1, label=label)
             if solver == "heun": ax.axhspan(low[0], high[0], color=color, alpha=.12, lw=0)
-        ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image", title=title)
+        ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image")
         ticks = sorted({count_evaluations(v) for v in table.variant})
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.margins(y=.08)
-        fig.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=7, handlelength=1.2, columnspacing=1.2)
+        fig.legend(loc="outside lower center", ncols=3, frameon=False, handlelength=1.2, columnspacing=1.2)
+        fig.suptitle(title, fontsize=9)
     return fig

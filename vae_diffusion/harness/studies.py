@@ -23,7 +23,7 @@ from .identity import Run
 from .results import reported_by_paper
 from .runs import read_results
 from .settings import Settings, collect_settings, load_params
-from .style import save_figure
+from .style import name_scale, save_figure
 from .tables import COLUMNS, read_table, write_table
 from ..sources import METHODS
 
@@ -87,7 +87,7 @@ def collect_study(
     parts = [rows(run).dropna(axis=1, how="all").assign(variant=label) for label, run in study.runs()]
     return pd.concat(parts).reindex(columns=["variant", *COLUMNS]).reset_index(drop=True)
 
-def _where(t): return f"{t.dataset[0]}, {t.scale[0]} scale"
+def _where(t): return name_scale(t.dataset[0], t.scale[0])
 FIGURES = { # of the studies that have one, by the end of the name
     "samplers": solver_study.solver_figure,
     "recipes": lambda t: quality_figures.recipes_figure(t, f"{_where(t)}: recipes for the diffusion model"),
@@ -130,10 +130,10 @@ def load_published_study(
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
     "The published comparisons at the cpu scale, of a data set or of a study's variant, in which every method of the paper has three seeds or more."
     methods = {name for name, method in METHODS.items() if method.in_paper}
-    found = {name: (read_table(file), load_params(name)) for name in data.DATASETS if (file := paths.results()/f"{name}-cpu.csv").exists()}
+    found = {info.label: (read_table(file), load_params(name)) for name, info in data.DATASETS.items() if (file := paths.results()/f"{name}-cpu.csv").exists()}
     for s in map(load_study, study_files()):
         if s.scale != "cpu" or not methods <= set(s.grid.get("method", [])) or "seed" not in s.grid or not (paths.results()/f"{s.name}.csv").exists(): continue
         t = load_published_study(s.name)
-        found |= {f"{s.dataset}, {label}": (t[t.variant == label], with_changes(load_params(s.dataset), change | {"seeds": s.grid["seed"]})) for label, change in s.variants.items()}
+        found |= {f"{data.DATASETS[s.dataset].label} with {label}": (t[t.variant == label], with_changes(load_params(s.dataset), change | {"seeds": s.grid["seed"]})) for label, change in s.variants.items()}
     found = {name: (t, s) for name, (t, s) in found.items() if (t.groupby("method").seed.nunique().reindex(sorted(methods), fill_value=0) > 2).all()}
     return dict(sorted(found.items(), key=lambda item: [*data.DATASETS].index(item[1][1].dataset)))
