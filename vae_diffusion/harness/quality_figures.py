@@ -10,9 +10,8 @@ __all__ = ['REAL', 'USED', 'quality_figure', 'compare_recipes', 'recipes_figure'
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from .. import data
 from .measurements import QUANTILES
-from .style import COLORS, STYLE, make_subplots
+from .style import COLORS, STYLE, make_subplots, name_scale
 
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #cell018
@@ -125,7 +124,7 @@ def optimizers_figure(
                 told.errorbar(d.seconds, 100*d.value, 200*d.stderr, color=color, marker="o", ms=3, elinewidth=.8)
             end = b.seconds.max()
             late = pd.concat([training_curve(t, "bound_train") for t in curves.values()]).query("seconds > @end/12")
-            bound.set(title=data.DATASETS[dataset].label, ylim=(late.value.min(), None))
+            bound.set(title=name_scale(dataset), ylim=(late.value.min(), None))
             told.axhline(100*table[table.metric == "two_sample_test"].value.iloc[0], color="#BBBBBB", lw=.8, zorder=0)
             told.set(xlabel="processor time / s", ylim=(45, None), xscale="log", xlim=(end/12, 1.15*end))
             told.xaxis.set(major_locator=mpl.ticker.FixedLocator([end/8, end/4, end/2, end]), major_formatter="{x:.0f}", minor_locator=mpl.ticker.NullLocator())

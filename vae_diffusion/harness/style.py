@@ -43,8 +43,9 @@ def save_figure(
 
 # %% ../../nbs/harness/09_style.ipynb #scale000
 def name_scale(
-    dataset: str, # one of `data.DATASETS`
-    scale: str, # such as cpu
+    dataset: str, # one of `data.DATASETS`; another is shown as it is
+    scale: str="", # such as cpu
 ) -> str: # in words, for titles
-    "Say which data set at which scale a figure shows."
-    return f"{data.DATASETS[dataset].label}, {scale} scale"
+    "Say which data set a figure shows, and at which scale."
+    label = data.DATASETS[dataset].label if dataset in data.DATASETS else dataset
+    return f"{label}, {scale} scale" if scale else label
