@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'interval', 'difference', 'compared', 'result', 'comparison', 'claims',
            'differences', 'more_samples', 'means', 'similarities', 'bits_per_dimension', 'diffusion_training',
-           'bound_curve', 'qualities', 'quality_table', 'quality_while_learning', 'search_length', 'variants',
-           'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes']
+           'bound_curve', 'bound_table', 'qualities', 'quality_table', 'quality_while_learning', 'search_length',
+           'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
@@ -189,6 +189,14 @@ def bound_curve(
     t = t.assign(images=(n_train*t.epoch).round(-2).astype(int))
     t = t.pivot_table(index=["images", "seconds"], columns="metric", values="value").reset_index()
     return t.rename_axis(columns=None)[["images", "seconds", "bound_train", "bound_test"]]
+
+def bound_table(
+    rows: dict, # label -> a row of `bound_curve`
+) -> str: # Markdown
+    "Write points of learning curves of diffusion models, a row each."
+    t = pd.concat(rows).droplevel(1)
+    t = t.rename(columns={"images": "images seen"} | {m: about(m).label for m in ("bound_train", "bound_test")})
+    return t.to_markdown(floatfmt=("", ",.0f", ",.0f", ".1f", ".1f"), intfmt=",")
 
 def qualities(
     table: pd.DataFrame, # tidy results of `measure_diffusion`, of one model
