@@ -13,6 +13,7 @@ from ..core import paths
 from ..core.errors import ProjectError
 from ..core.files import digest
 from .settings import Settings
+from ..metrics import METRICS
 from ..sources import METHODS
 
 
@@ -51,7 +52,9 @@ def stage_config(
         if METHODS[settings.method].draws_on_bank: own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":
         own |= {"bank": stage_config("bank", settings), "vae": stage_config("train_vae", reference_settings(settings))}
-    if stage == "measure_gaps": own["vae"] = stage_config("train_vae", settings)
+    if stage == "measure_gaps":
+        own["vae"] = stage_config("train_vae", settings)
+        if added := sorted(name for name, metric in METRICS.items() if metric.measure): own["metrics"] = added
     return own
 
 # %% ../../nbs/harness/01_identity.ipynb #cell007
