@@ -13,8 +13,9 @@ import math
 import numpy as np
 import pandas as pd
 from ..core.errors import ProjectError
-from .results import LABELS, METRICS, Metric, judge_claims, last_epoch, provenance
+from .results import LABELS, judge_claims, last_epoch, provenance
 from .results import claims_markdown, reported_by_paper, summarize, summary_markdown, welch_difference
+from ..metrics import METRICS, Metric
 
 # %% ../../nbs/harness/17_pages.ipynb #pages005
 ALSO = {
