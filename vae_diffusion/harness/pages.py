@@ -307,3 +307,28 @@ def outcomes(
         kind = "more" if low > 0 else "less" if high < 0 else "open"
         lists[kind].append(f"{mean:+.{about(metric).decimals}f} on {label}")
     return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
+
+# %% ../../nbs/harness/17_pages.ipynb #pages045
+def overview(
+    found: dict, # as in `result`
+) -> str: # Markdown, five lines
+    "Say where DMaaPx differs from normal training, a line a metric."
+    lines = []
+    for metric in RESULT:
+        more, less = ("larger", "smaller") if "gap" in metric else ("higher", "lower")
+        kinds = outcomes(found, metric)
+        said = [f"{word}, {kinds[kind]}" for kind, word in zip(("more", "less", "open"), (more, less, "not shown to differ"))
+                if kinds[kind]]
+        lines.append(f"- **{about(metric).label}**: " + "; ".join(said))
+    return "
+".join(lines)
+
+def what_was_run(
+    found: dict, # as in `result`
+) -> str: # Markdown
+    "Write how much was run for each comparison, and on which likelihood."
+    words = {"mol": "mixture of logistics", "gaussian": "Gaussian", "bernoulli": "Bernoulli", "binomial": "binomial"}
+    rows = {name: {"training images": f"{s.n_train:,}" if s.n_train else "all", "likelihood": words[s.likelihood],
+                   "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k, "runs": t.config.nunique()}
+            for name, (t, s) in found.items()}
+    return pd.DataFrame(rows).T.to_markdown(colalign=["left", "right", "left", *["right"]*4])
