@@ -6,7 +6,8 @@
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'interval', 'difference', 'compared', 'result', 'comparison', 'claims',
            'differences', 'more_samples', 'means', 'similarities', 'bits_per_dimension', 'diffusion_training',
            'bound_curve', 'bound_table', 'qualities', 'quality_table', 'quality_while_learning', 'search_length',
-           'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes']
+           'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes',
+           'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
@@ -320,8 +321,7 @@ def overview(
         said = [f"{word}, {kinds[kind]}" for kind, word in zip(("more", "less", "open"), (more, less, "not shown to differ"))
                 if kinds[kind]]
         lines.append(f"- **{about(metric).label}**: " + "; ".join(said))
-    return "
-".join(lines)
+    return "\n".join(lines)
 
 def what_was_run(
     found: dict, # as in `result`
