@@ -6,14 +6,15 @@
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'interval', 'difference', 'compared', 'result', 'comparison', 'claims',
            'differences', 'more_samples', 'means', 'similarities', 'bits_per_dimension', 'diffusion_training',
            'bound_curve', 'bound_table', 'qualities', 'quality_table', 'quality_while_learning', 'search_length',
-           'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals', 'outcomes',
-           'overview', 'what_was_run']
+           'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed', 'means_with_intervals',
+           'solver_differences', 'outcomes', 'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
 import numpy as np
 import pandas as pd
 from ..core.errors import ProjectError
+from . import solver_study
 from .results import LABELS, judge_claims, last_epoch, provenance
 from .results import claims_markdown, reported_by_paper, summarize, summary_markdown, welch_difference
 from ..metrics import METRICS, Metric
@@ -296,6 +297,19 @@ def means_with_intervals(
     return t.fillna("-").to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
 
 # %% ../../nbs/harness/17_pages.ipynb #pages044
+def solver_differences(
+    table: pd.DataFrame, # tidy results with `variant`, such as "multistep 8"
+    reference: str=solver_study.PAPER, # the variant that the others are compared with
+) -> str: # Markdown
+    "Write the differences to a solver in test ELBO and generalization gap, paired by seed, with 95 % Student-t intervals."
+    found = {m: solver_study.paired_differences(table, m, reference) for m in ("elbo_test", "generalization_gap")}
+    rows = {name: {"evaluations": int(r.evaluations)} for name, r in found["elbo_test"].iterrows()}
+    for metric, t in found.items():
+        for name, r in t.iterrows(): rows[name][about(metric).label] = interval(r.difference, r.low, r.high, 2)
+    t = pd.DataFrame(rows).T.sort_values("evaluations")
+    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*3])
+
+# %% ../../nbs/harness/17_pages.ipynb #pages047
 def outcomes(
     found: dict, # as in `result`
     metric: str, # in question
@@ -309,7 +323,7 @@ def outcomes(
         lists[kind].append(f"{mean:+.{about(metric).decimals}f} on {label}")
     return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
 
-# %% ../../nbs/harness/17_pages.ipynb #pages045
+# %% ../../nbs/harness/17_pages.ipynb #pages048
 def overview(
     found: dict, # as in `result`
 ) -> str: # Markdown, five lines
