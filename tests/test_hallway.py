@@ -11,7 +11,7 @@ def text(name): return "\n".join(c.source for c in page(name) if c.cell_type == 
 
 
 HEADINGS = re.findall(r"^### (.+)$", text("glossary"), re.M)
-LINKS = [(name, *link) for name in ("tour", "glossary")
+LINKS = [(name, *link) for name in ("tour", "glossary", "adding")
          for link in dict.fromkeys(re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", text(name)))]
 
 

@@ -40,4 +40,5 @@ METRICS = {
     "elbo_test_best": Metric("at the best epoch", better="higher", drawn=False, stage="train_vae"),
     "generalization_gap": Metric("generalization gap", stage="train_vae"),
     "amortization_gap": Metric("amortization gap"),
-    "robustness_gap": Metric("robustness gap", unit="MS-SSIM", decimals=3)}
+    "robustness_gap": Metric("robustness gap", unit="MS-SSIM", decimals=3),
+}
