@@ -5,16 +5,12 @@
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'name_metric', 'run_markdown', 'interval', 'difference', 'compared',
            'result', 'comparison', 'claims', 'differences', 'more_samples', 'means', 'similarities',
-           'bits_per_dimension', 'diffusion_training', 'bound_curve', 'bound_table', 'qualities', 'quality_table',
-           'quality_while_learning', 'search_length', 'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'listed',
-           'means_with_intervals', 'solver_differences', 'outcomes', 'said', 'overview', 'what_was_run']
+           'bits_per_dimension', 'listed', 'means_with_intervals', 'outcomes', 'said', 'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
-import numpy as np
 import pandas as pd
 from ..core.errors import ProjectError
-from . import solver_study
 from .results import LABELS, judge_claims, last_epoch, provenance
 from .results import claims_markdown, reported_by_paper, summarize, summary_markdown, welch_difference
 from .tables import table_markdown
@@ -190,112 +186,6 @@ def bits_per_dimension(
     return (means(table, k, metrics, labels).T/(-dimensions*math.log(2))).to_markdown(floatfmt=".3f")
 
 # %% ../../nbs/harness/17_pages.ipynb #pages031
-def diffusion_training(
-    table: pd.DataFrame, # tidy results of `train_diffusion` and `measure_diffusion`
-    images: int, # that the model saw
-) -> str:
-    "Say how a diffusion model was trained, and what its error bars are."
-    hours = table[table.metric == "bound_train"].seconds.max()/3600
-    return (f"One model, trained once with seed 0 for {hours:.1f} hours, {images:,} images seen; computed on "
-            f"{', '.join(table.hardware.unique())}. Error bars are two standard errors over images; "
-            "there is no interval over seeds.")
-
-def bound_curve(
-    table: pd.DataFrame, # tidy results of `train_diffusion`, of one model
-    n_train: int, # training images
-) -> pd.DataFrame: # a row a point of the curve
-    "Select the bound on log p while a diffusion model learned, by the images that it had seen."
-    t = table[table.metric.isin(["bound_train", "bound_test"])]
-    t = t.assign(images=(n_train*t.epoch).round(-2).astype(int))
-    t = t.pivot_table(index=["images", "seconds"], columns="metric", values="value").reset_index()
-    return t.rename_axis(columns=None)[["images", "seconds", "bound_train", "bound_test"]]
-
-def bound_table(
-    rows: dict, # label -> a row of `bound_curve`
-) -> str: # Markdown
-    "Write points of learning curves of diffusion models, a row each."
-    t = pd.concat(rows).droplevel(1)
-    t = t.rename(columns={"images": "images seen"} | {m: about(m).label for m in ("bound_train", "bound_test")})
-    return t.to_markdown(floatfmt=("", ",.0f", ",.0f", ".1f", ".1f"), intfmt=",")
-
-def qualities(
-    table: pd.DataFrame, # tidy results of `measure_diffusion`, of one model
-    images: str="sample", # what was judged: sample, test or train
-) -> dict: # label -> value at the end of training, as text
-    "List how images were judged by the measures of sample quality."
-    found = table.sort_values("epoch", na_position="first").groupby("metric").value.last()
-    return {m.label: f"{found[f'{name}_{images}']:.{m.decimals}f}" if f"{name}_{images}" in found else "-"
-            for name, m in QUALITY.items()}
-
-def quality_table(
-    rows: dict, # label -> (tidy results, images), as of `qualities`
-) -> str: # Markdown
-    "Write how images were judged, a row each; a measure that none has is left out."
-    t = pd.DataFrame({name: qualities(*row) for name, row in rows.items()}).T
-    t = t.loc[:, (t != "-").any()]
-    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
-
-def quality_while_learning(
-    table: pd.DataFrame, # tidy results of `measure_diffusion`; `variant` says how samples were drawn
-) -> str: # Markdown
-    "Write how samples were judged while their model learned, and real images below."
-    rows, judged = {}, table[table.epoch.notna() & table.metric.isin([f"{m}_sample" for m in QUALITY])]
-    for variant, way in judged.groupby("variant", sort=False):
-        rows |= {f"{variant}; {epoch:.3g} epochs": (t, "sample") for epoch, t in way.groupby("epoch")}
-    real = table[table.epoch.isna()]
-    return quality_table(rows | {"test images": (real, "test"), "training images": (real, "train")})
-
-# %% ../../nbs/harness/17_pages.ipynb #pages035
-def search_length(
-    table: pd.DataFrame, # tidy results of a study of the search's steps, `variant` as "100 steps"
-) -> str: # Markdown
-    "Write the test ELBO with q* by the steps of the search for it."
-    t = table[table.metric == "elbo_star_test"].set_index("variant")
-    t = t.loc[sorted(t.index, key=lambda v: int(v.split()[0])), ["value", "n"]]
-    return t.rename(columns={"value": about("elbo_star_test").label, "n": "images"}).to_markdown(floatfmt=(None, ".2f", ".0f"))
-
-# %% ../../nbs/harness/17_pages.ipynb #pages038
-def variants(
-    table: pd.DataFrame, # tidy results with `variant`
-    metrics, # the columns
-    by=("variant",), # what names a row
-) -> str: # Markdown
-    "Write metrics after the last epoch, a row a variant, averaged over seeds."
-    by, columns = list(by), {}
-    for m in metrics:
-        values = last_epoch(table, m).groupby(by, sort=False).value.mean()
-        columns[about(m).label] = values.map(f"{{:.{about(m).decimals}f}}".format)
-    t = pd.DataFrame(columns).fillna("-")
-    t.index = [" with ".join(map(str, name)) if len(by) > 1 else name for name in t.index]
-    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*len(columns)])
-
-# %% ../../nbs/harness/17_pages.ipynb #pages041
-def mean_curve(
-    table: pd.DataFrame, # tidy results of one method, or the paper's
-) -> pd.DataFrame: # a row an epoch
-    "Average the ELBO of training and test images over seeds."
-    t = table[table.metric.isin(["elbo_train", "elbo_test"])]
-    return t.groupby(["epoch", "metric"]).value.mean().unstack().dropna()
-
-def beside(
-    curves: dict, # label -> from `mean_curve`
-) -> str: # Markdown
-    "Write learning curves beside each other, at the epochs that all of them have."
-    t = pd.concat({name: c for name, c in curves.items()}, axis=1, join="inner")
-    t.columns = [f"{about(metric).label}, {name}" for name, metric in t.columns]
-    t.index = t.index.astype(int)
-    return t[sorted(t, key=lambda c: c.split(",")[0])].to_markdown(floatfmt=".1f")
-
-def gap_at_equal_fit(
-    curves: dict, # label -> from `mean_curve`
-    levels, # training ELBOs, nats
-) -> str: # Markdown
-    "Write the generalization gap at equal training ELBO; - where a run does not come so far."
-    rows = {name: np.interp(levels, c.elbo_train, c.elbo_train - c.elbo_test, right=np.nan) for name, c in curves.items()}
-    t = pd.DataFrame(rows, index=levels).T.map(lambda gap: "-" if np.isnan(gap) else f"{gap:.1f}")
-    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*len(levels)])
-
-# %% ../../nbs/harness/17_pages.ipynb #pages043
 def listed(
     rows: dict, # what -> number, as text
     title: str, # of the column of numbers
@@ -313,20 +203,7 @@ def means_with_intervals(
     t = pd.Series(cells).unstack().reindex(index=[*runs], columns=[m.label for m in METRICS.values()])
     return t.fillna("-").to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
 
-# %% ../../nbs/harness/17_pages.ipynb #pages046
-def solver_differences(
-    table: pd.DataFrame, # tidy results with `variant`, such as "multistep 8"
-    reference: str=solver_study.PAPER, # the variant that the others are compared with
-) -> str: # Markdown
-    "Write the differences to a solver in test ELBO and generalization gap, paired by seed, with 95 % Student-t intervals."
-    found = {m: solver_study.paired_differences(table, m, reference) for m in ("elbo_test", "generalization_gap")}
-    rows = {name: {"evaluations": int(r.evaluations)} for name, r in found["elbo_test"].iterrows()}
-    for metric, t in found.items():
-        for name, r in t.iterrows(): rows[name][about(metric).label] = interval(r.difference, r.low, r.high, 2)
-    t = pd.DataFrame(rows).T.sort_values("evaluations")
-    return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*3])
-
-# %% ../../nbs/harness/17_pages.ipynb #pages049
+# %% ../../nbs/harness/17_pages.ipynb #pages034
 def outcomes(
     found: dict, # as in `result`
     metric: str, # in question
@@ -340,7 +217,7 @@ def outcomes(
         lists[kind].append(f"{mean:+.{about(metric).decimals}f} on {label}")
     return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
 
-# %% ../../nbs/harness/17_pages.ipynb #pages050
+# %% ../../nbs/harness/17_pages.ipynb #pages035
 def said(
     found: dict, # as in `result`
     metric: str, # in question
