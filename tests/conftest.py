@@ -43,7 +43,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_killed_run_ends_with_the_same_numbers": 19,
     "test_bench_stores_goes_on_and_draws": 15}
 WITHOUT_DATA = pytest.mark.skip(reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
-                                       "(README.md says how) and run the same command to have it run")
+                                       "(nbs/reproduce.ipynb says how) and run the same command to have it run")
 
 
 def git(*arguments):

@@ -103,7 +103,7 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
 
 
 def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypatch):
-    "README's command; the profile here only plans the runs."
+    "The command of nbs/reproduce.ipynb; the profile here only plans the runs."
     (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     process = snakemake("--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock",

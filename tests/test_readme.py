@@ -1,4 +1,4 @@
-"Every output that README promises comes when its commands are typed."
+"Every output that README, and the pages that carry on from it, promise comes when their commands are typed."
 import re
 import shlex
 
@@ -13,9 +13,14 @@ from vae_diffusion.harness import settings
 README = (ROOT / "README.md").read_text()
 
 
-def section(title):
+def words(page):
+    "The prose of a page."
+    return "\n\n".join(c.source for c in nbformat.read(ROOT / f"nbs/{page}.ipynb", 4).cells if c.cell_type == "markdown")
+
+
+def section(title, text=README):
     "The text below a heading."
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def block(text, language):
@@ -37,14 +42,23 @@ def test_the_lines_for_a_hosted_notebook():
     for file in re.findall(r"nbs/\S+", "\n".join(lines)): assert (ROOT / file).exists(), file
 
 
-PROMISED = {"train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"}, "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"}, "sample_bank": {"nearest_train_sample", "nearest_train_test"},
-            "train_diffusion": {"bound_train", "bound_test"}, "measure_diffusion": {"two_sample_sample", "two_sample_test"}}
+SAMPLES, TESTS = "samples", "test images"
+PROMISED = {
+    "train_vae": {"test ELBO", "at the best epoch", "generalization gap"},
+    "measure_gaps": {"amortization gap", "robustness gap", "importance-weighted bound"},
+    "sample_bank": {f"distance to the nearest training image: {images}" for images in (SAMPLES, TESTS)},
+    "train_diffusion": {"bound on log p, training images", "bound on log p, test images"},
+    "measure_diffusion": {f"told from training images: {images}" for images in (SAMPLES, TESTS)}}
 
 
 def test_every_other_number_is_printed(tmp_path, monkeypatch):
+    "By the command of the page, which is README's with another notebook and other parameters."
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
-    rows, before = table(section("Rerun one number").split("Every other number")[1]), []
+    rows, before = table(section("Any number", words("reproduce"))), []
     assert {row["notebook"].strip("`") for row in rows} == {*PROMISED, ""}
+    commands = block(section("Rerun one number"), "bash"), block(section("Any number", words("reproduce")), "bash")
+    changed = [pair for pair in zip(*map(shlex.split, commands), strict=True) if len(set(pair)) > 1]
+    assert [b for _, b in changed] == ["nbs/experiments/train_vae.ipynb", "aug_tuned", "2"], changed
     for row in rows[:-1]:
         options = shlex.split(row["parameters"].strip("`")) if row["parameters"] != "the same" else before
         before, stage = options, row["notebook"].strip("`")
@@ -60,11 +74,15 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
 
 def test_the_parts_do_what_their_comments_say(monkeypatch):
     monkeypatch.chdir(ROOT)
-    lines = block(section("Use the parts"), "python")
+    lines = block(section("Use the parts", words("library")), "python")
     exec(lines, names := {})
     count = int(re.findall(r"images = .*# (\d+) PIL images", lines)[0])
     assert [type(image) for image in names["images"]] == [PIL.Image.Image] * count
     assert names["digits"].train.ndim == names["digits"].test.ndim == 4 and names["digits"].train.dtype == torch.uint8
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 130
 
 
 @pytest.mark.parametrize("link", sorted({*re.findall(r"\]\(([^)#:]+)\)", README)}))

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from .results import (
     METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference)
-from .style import COLORS, STYLE, draw_means, make_subplots, methods_shown
+from .style import COLORS, STYLE, draw_means, make_subplots, methods_shown, name_scale
 from ..levels import check_unit
 from ..sources import METHODS
 
@@ -35,13 +35,13 @@ def draw_learning_curve(
         if paper is not None:
             p = paper[(paper.metric == metric) & (paper.method == method) & (paper.epoch <= mean.index[-1])]
             if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
-        ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_"), color))
-    for va, (y, x, part, color) in zip(("top", "bottom"), sorted(ends)):
-        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color=color, fontsize=7,
+        ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_")))
+    for va, (y, x, part) in zip(("top", "bottom"), sorted(ends)):
+        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3",
                     annotation_clip=False)
     ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=COLORS[method])
-    ax.annotate(f"best test {mean.max():.1f} at epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction",
-                ha="center", fontsize=6.5, color="0.3")
+    ax.annotate(f"best {mean.max():.1f}, epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction",
+                ha="center", fontsize=8, color="0.3")
 
 # %% ../../nbs/harness/10_figures.ipynb #cell009
 def learning_curves(
@@ -58,7 +58,7 @@ def learning_curves(
         for ax, method in zip(axes[0], methods):
             draw_learning_curve(ax, at_k(table, k), method, paper)
             label = METHODS[method].label + (f" (k = {k})" if METHODS[method].draws_on_bank else "")
-            ax.set_title(label, color=COLORS[method], pad=12)
+            ax.set_title(label, pad=14)
         low, last = curves[curves.epoch >= curves.epoch.max()*.08].value.min(), curves.epoch.max()
         axes[0, 0].set(ylabel="ELBO / nats per image", ylim=(low - 2, None), xlim=(0, last*1.04))
         fig.supxlabel("effective epoch", fontsize=8)
@@ -102,7 +102,7 @@ def gap_panels(
             p = {} if last is None else dict(list(last[last.metric == metric].groupby("method").value))
             draw_scores(ax, {m: t[t.method == m].value.to_numpy() for m in methods}, p)
             ax.set(xlabel=f"{about.label} / {about.unit}")
-            ax.set_title(f"{about.better} is better", fontsize=6.5, color="0.4")
+            ax.set_title(f"{about.better} is better", fontsize=8, color="0.4")
             ax.grid(axis="x", lw=.3, color="0.85")
             ax.set_axisbelow(True)
             if max(map(abs, ax.get_xlim())) >= 1e4: ax.locator_params(axis="x", nbins=3) # long numbers
@@ -124,7 +124,7 @@ def draw_normal(
         ax.axhline(mean, color=color, ls=style, lw=1)
         ax.axhspan(low, high, color=color, alpha=.10, lw=0)
         ax.annotate(f"Normal, {name} epoch", (1, mean), xycoords=("axes fraction", "data"), va=va, color=color,
-                    xytext=(4, 1 if va == "top" else -1), textcoords="offset points", fontsize=7)
+                    xytext=(4, 1 if va == "top" else -1), textcoords="offset points")
 
 # %% ../../nbs/harness/10_figures.ipynb #cell021
 def elbo_against_k(
@@ -142,16 +142,16 @@ def elbo_against_k(
             ks = np.array(list(by_k.groups))*1.06**i # side by side
             mean, _, _ = draw_means(ax, ks, [v for _, v in by_k], color, ls=style)
             ax.annotate(label, (1, mean[-1]), xycoords=("axes fraction", "data"), xytext=(4, -1),
-                        textcoords="offset points", va="top", color=color, fontsize=7)
+                        textcoords="offset points", va="top", color=color)
         ax.set(xscale="log", xlabel="k = diffusion samples / training images", ylabel="test ELBO / nats per image")
-        ax.set(title=title)
         ks = sorted(t[t.method.isin(banks)].k.unique())
         ax.set_xticks(ks, [f"{k:g}" for k in ks])
         ax.minorticks_off()
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #33ab4635
-OVERVIEW = "Against normal training, cpu scale: difference of means, 95 % interval over seeds; ◇ the paper, epoch 1000"
+OVERVIEW = "Against normal training: difference of means, 95 % interval over seeds; ◇ the paper, epoch 1000"
 
 # %% ../../nbs/harness/10_figures.ipynb #4f89761e
 def draw_differences(
@@ -189,7 +189,9 @@ def forest_plot(
             paper = reported_by_paper(s)
             for ax, metric in zip(row, PANELS): draw_differences(ax, table, s.k, metric, methods, paper)
             row[0].set_ylabel(textwrap.fill(name, 15))
-        for ax, about in zip(axes[0], PANELS.values()): ax.set_title(f"{about.label} / {about.unit}", fontsize=7.5)
+        for ax, about in zip(axes[0], PANELS.values()):
+            side = "right" if about.better == "higher" else "left"
+            ax.set_title(f"{about.label} / {about.unit}\n{side} is better")
         fig.supxlabel("difference to normal training", fontsize=8)
         if title: fig.suptitle(title, fontsize=9)
     return fig
@@ -200,15 +202,16 @@ def figures_from_results(
     settings, # their `Settings`
 ) -> dict: # name -> `Figure`
     "Draw the figures that need results alone; none before a VAE of the main comparison is trained."
-    k, where, paper = settings.k, f"{settings.dataset}, {settings.scale} scale", reported_by_paper(settings)
+    k, where, paper = settings.k, name_scale(settings.dataset, settings.scale), reported_by_paper(settings)
     if not methods_shown(table, k): return {}
     beside, early = "", ""
     if len(paper):
         beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}"
         if (paper.epoch <= settings.epochs).any(): early = "; ◇ the paper"
     gaps = gap_panels(table, k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper)
-    figures = {"gaps": gaps, "curves": learning_curves(table, k, f"{where}{early}", paper)}
-    if table.k.nunique() > 1: figures["against_k"] = elbo_against_k(table, where)
+    curves = f"{where}: ELBO of training and test images{early}"
+    figures = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
+    if table.k.nunique() > 1: figures["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
     return figures
 
 # %% ../../nbs/harness/10_figures.ipynb #cell029
@@ -224,7 +227,7 @@ def search_curve(
         top, span = float(trace.max()), float(trace.max() - trace[:, 0].min())
         ax.set(xlabel="step of Adam", ylabel="ELBO / nats per image", title=title)
         ax.set_ylim(top - max(3*span, 1), top + max(.3*span, .2))
-        ax.legend(frameon=False, fontsize=7, loc="lower right")
+        ax.legend(frameon=False, loc="lower right")
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #cell032
@@ -244,7 +247,7 @@ def image_grid(
             strip = x.permute(2, 0, 3, 1).flatten(1, 2)
             ax.imshow(strip.squeeze(-1), vmin=0, vmax=1, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
-            ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center", fontsize=7)
+            ax.set_ylabel(label.strip(), rotation=0, ha="right", va="center", fontsize=8)
             for side in ax.spines.values(): side.set_visible(False)
         if title: fig.suptitle(title, fontsize=9)
     return fig

@@ -12,7 +12,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from .measurements import QUANTILES
-from .style import COLORS, STYLE, make_subplots
+from .style import COLORS, STYLE, make_subplots, name_scale
 
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #502be317
@@ -31,7 +31,7 @@ def diffusion_curve(
             ax.plot(t.epoch, t.value, style, color=color)
             ax.fill_between(t.epoch, t.value - t.stderr, t.value + t.stderr, color=color, alpha=.15, lw=0)
             ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va="bottom" if y == top else "top",
-                        color=color, fontsize=7, annotation_clip=False)
+                        color=color, annotation_clip=False)
         low = t[t.epoch > t.epoch.max()*.15].value.min() - 3*t.stderr.max()
         ax.set(xlabel="effective epoch", ylabel="bound on log p / nats per image", title=title, ylim=(low, None))
     return fig
@@ -107,7 +107,7 @@ def quality_figure(
     found = table[table.metric == "two_sample_sample"].variant.unique()
     colors = dict(zip(found, [*("#CC79A7", "#E69F00")[:len(found) - 1], COLORS["dmaapx"]], strict=True))
     with mpl.rc_context(STYLE):
-        fig, (bound, accuracy, elbo, near) = make_subplots(1, 4, figsize=(8.4, 2.5))
+        fig, (bound, accuracy, elbo, near) = make_subplots(1, 4, figsize=(8.4, 2.6))
         draw_bounds(bound, table)
         draw_score(accuracy, table, "two_sample", ["test"], colors)
         draw_score(elbo, table, "reference_elbo", ["test", "train"], colors)
@@ -148,13 +148,15 @@ def recipes_figure(
         fig, ax = make_subplots(figsize=(5.4, 2.6))
         for i, (name, r) in enumerate(compare_recipes(table).iterrows(), 1):
             at, used = (r["bound at the end"], r["samples: distance"]), name.startswith(USED)
-            ax.plot(*at, "o", ms=9, mfc="white", mec=COLORS["dmaapx"] if used else REAL)
-            ax.annotate(str(i), at, ha="center", va="center_baseline", fontsize=6)
-            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction", fontsize=6.5,
+            ax.plot(*at, "o", ms=11, mfc="white", mec=COLORS["dmaapx"] if used else REAL)
+            ax.annotate(str(i), at, ha="center", va="center_baseline")
+            ax.annotate(f"{i}  {name}", (1.03, 1 - .095*i), xycoords="axes fraction",
                         color=COLORS["dmaapx"] if used else "black")
-        ax.set(xlabel="bound on log p of training images / nats (higher is better)", title=title,
+        ax.set(xlabel="bound on log p of training images / nats (higher is better)",
                ylabel="samples: distance to the\nnearest training image")
+        ax.locator_params(axis="x", nbins=5)
         ax.margins(.12)
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #8ae3f7dd
@@ -213,7 +215,7 @@ def optimizers_figure(
         size = 2.1*len(tables), 3.6
         fig, axes = make_subplots(2, len(tables), figsize=size, sharex="col", squeeze=False)
         for (bound, accuracy), (dataset, table) in zip(axes.T, tables.items()):
-            bound.set_title(dataset)
+            bound.set_title(name_scale(dataset))
             draw_race(bound, accuracy, table)
         axes[0, 0].set_ylabel("bound on log p / nats")
         axes[1, 0].set_ylabel("told from images / %")

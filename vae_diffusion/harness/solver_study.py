@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from .results import last_epoch, seed_interval
-from .style import COLORS, STYLE, draw_means, make_subplots
+from .style import COLORS, STYLE, draw_means, make_subplots, name_scale
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell005
 def count_evaluations(
@@ -58,7 +58,7 @@ def solver_figure(
     table: pd.DataFrame, # as in `paired_differences`
 ): # -> `Figure`
     "Draw the test ELBO of the VAEs against the evaluations of the sampler behind their bank (higher is better)."
-    title = f"{table.dataset.iloc[0]}, {table.scale.iloc[0]} scale: mean, 95 % interval, {table.seed.nunique()} seeds"
+    where = name_scale(table.dataset.iloc[0], table.scale.iloc[0])
     elbo, ticks = last_epoch(table, "elbo_test"), sorted({count_evaluations(v) for v in table.variant})
     with mpl.rc_context(STYLE):
         fig, ax = make_subplots(figsize=(4, 2.8))
@@ -69,10 +69,11 @@ def solver_figure(
             n = np.array(list(by.groups))
             mean, low, high = draw_means(ax, n, [v for _, v in by], color, mew=.7, label=label)
             if solver == "heun": ax.axhspan(low[0], high[0], color=color, alpha=.12, lw=0)
-        ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image", title=title)
+        ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image")
         ax.set_xticks(ticks, ticks)
         ax.minorticks_off()
         ax.margins(y=.08)
-        where = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "handlelength": 1.2}
-        fig.legend(frameon=False, fontsize=7, **where)
+        legend = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "handlelength": 1.2}
+        fig.legend(frameon=False, **legend)
+        fig.suptitle(f"{where}: mean, 95 % interval, {table.seed.nunique()} seeds", fontsize=9)
     return fig

@@ -25,7 +25,7 @@ from .identity import Run
 from .results import reported_by_paper
 from .runs import read_results
 from .settings import Settings, collect_settings, load_params
-from .style import STYLE, make_subplots, save_figure
+from .style import STYLE, make_subplots, save_figure, name_scale
 from .tables import COLUMNS, read_table, write_table
 from ..sources import METHODS
 
@@ -134,9 +134,10 @@ def variant_curves(
         p = paper[(paper.method == method) & (paper.epoch <= last) & paper.metric.isin(["elbo_train", "elbo_test"])]
         if len(p): ax.plot(p.epoch, p.value, "D", ms=5, mfc="none", mec="black", label="the paper", zorder=3)
         low = elbos[elbos.epoch >= last/5].value.min() - 1
-        ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image", title=title)
+        ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image")
         ax.set(xlim=(0, last*1.03), ylim=(low, None))
-        ax.legend(frameon=False, fontsize=6.5, loc="center left", bbox_to_anchor=(1, .5))
+        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
+        if title: fig.suptitle(title, fontsize=9)
     return fig
 
 # %% ../../nbs/harness/13_studies.ipynb #cell013
@@ -146,7 +147,7 @@ def draw_variants(
     "Draw the curves of a study's variants beside the paper's numbers."
     dataset, scale = table.dataset[0], table.scale[0]
     paper = reported_by_paper(load_params(dataset, scale))
-    return variant_curves(table, paper, f"{dataset}, {scale} scale: normal training (dashed: training images)")
+    return variant_curves(table, paper, f"{name_scale(dataset, scale)}: normal training (dashed: training images)")
 
 # %% ../../nbs/harness/13_studies.ipynb #eb752115
 def titled(
@@ -154,7 +155,7 @@ def titled(
     what: str, # is shown
 ): # -> function of tidy results
     "Make a function that draws a study's results under a title with its data set and scale."
-    return lambda t: draw(t, f"{t.dataset[0]}, {t.scale[0]} scale: {what}")
+    return lambda t: draw(t, f"{name_scale(t.dataset[0], t.scale[0])}: {what}")
 
 # %% ../../nbs/harness/13_studies.ipynb #27bc4455
 FIGURES = { # end of a study's name -> function of its results
@@ -176,7 +177,7 @@ def study_figures(
 # %% ../../nbs/harness/13_studies.ipynb #849bba67
 def compared_variants(
     study: Study, # at the cpu scale
-) -> dict: # "data set, variant" -> (tidy results, `Settings`)
+) -> dict: # "data set with variant" -> (tidy results, `Settings`)
     "Return a study's published variants as comparisons of their own; none unless it runs every method."
     methods = {name for name, method in METHODS.items() if method.in_paper}
     if study.scale != "cpu" or not methods <= set(study.grid.get("method", [])) or "seed" not in study.grid: return {}
@@ -184,16 +185,16 @@ def compared_variants(
     t, base, found = load_published_study(study.name), load_params(study.dataset), {}
     for label, change in study.variants.items():
         settings = with_changes(base, change | {"seeds": study.grid["seed"]})
-        found[f"{study.dataset}, {label}"] = t[t.variant == label], settings
+        found[f"{data.DATASETS[study.dataset].label} with {label}"] = t[t.variant == label], settings
     return found
 
 # %% ../../nbs/harness/13_studies.ipynb #24f8a322
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
     "Collect the published comparisons at the cpu scale in which every method of the paper has three seeds or more."
     methods, found = sorted(name for name, method in METHODS.items() if method.in_paper), {}
-    for name in data.DATASETS:
+    for name, info in data.DATASETS.items():
         file = paths.results()/f"{name}-cpu.csv"
-        if file.exists(): found[name] = read_table(file), load_params(name)
+        if file.exists(): found[info.label] = read_table(file), load_params(name)
     for study in map(load_study, study_files()): found |= compared_variants(study)
     def complete(table): return (table.groupby("method").seed.nunique().reindex(methods, fill_value=0) > 2).all()
     order = [*data.DATASETS]

@@ -1,0 +1,93 @@
+"Pages that are read: their links lead somewhere, their numbers come from the stored results, and their words are words."
+import json
+import re
+import statistics
+
+import pandas as pd
+import pytest
+from conftest import ROOT, tracked
+
+READ = [p for p in tracked("nbs/*.ipynb") if p.count("/") == 1 or p.startswith(("nbs/results/", "nbs/experiments/"))]
+RESULTS = [p for p in READ if p.startswith("nbs/results/")]
+SHORT = [p for p in READ if p.startswith(("nbs/results/", "nbs/experiments/"))]
+DATA = "digits", "binary_mnist", "fashion_mnist", "cifar10", "overview"
+
+
+def cells(page, kind):
+    return [c for c in json.loads((ROOT / page).read_text())["cells"] if c["cell_type"] == kind]
+
+
+def prose(page):
+    return "\n\n".join("".join(c["source"]) for c in cells(page, "markdown"))
+
+
+def headings(page):
+    "As JupyterLab links to them."
+    return {h.replace(" ", "-") for h in re.findall(r"^#+ (.+)$", prose(page), re.M)}
+
+
+def shown(page):
+    "What is seen below the cells, but for pictures."
+    for c in cells(page, "code"):
+        for o in c["outputs"]:
+            data = o.get("data", {})
+            text = o.get("text") or data.get("text/markdown") or data.get("text/plain", [])
+            if "image/png" not in data: yield "".join(text)
+
+
+def plain(text):
+    "Prose without code, commands and addresses."
+    text = re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.S)
+    return re.sub(r"\]\([^)]*\)", "]", text)
+
+
+def stored_names():
+    "Names of metrics and data sets that are no words."
+    files = [ROOT / f for f in tracked("data/results/*.csv") if "/bench-" not in f]
+    metrics = {m for f in files for m in pd.read_csv(f, usecols=["metric"]).metric.unique()}
+    return {"binary_mnist", "fashion_mnist", "cifar10", "_coarse4", "_sample"} | {m for m in metrics if "_" in m}
+
+
+LINKS = [(page, *link) for page in READ
+         for link in dict.fromkeys(re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)", prose(page)))]
+
+
+@pytest.mark.parametrize("page, file, anchor", LINKS)
+def test_links_lead_somewhere(page, file, anchor):
+    target = (ROOT / page).parent / file if file else ROOT / page
+    assert target.exists()
+    if anchor: assert anchor in headings(target.resolve().relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", [p for p in READ if p not in ("nbs/index.ipynb", "nbs/tour.ipynb", "nbs/glossary.ipynb")])
+def test_pages_lead_on(page):
+    "Back to a page of the hallway, or to the one before."
+    assert re.search(r"\]\((\.\./)?[a-z_./]+\.ipynb(#[\w-]+)?\)", prose(page))
+
+
+@pytest.mark.parametrize("page", [*RESULTS, "nbs/index.ipynb", "nbs/differences.ipynb"])
+def test_no_interval_is_typed(page):
+    typed = re.findall(r"\[[-−+]?\d[\d.,]*, [-−+]?\d[\d.,]*\]", prose(page))
+    assert not typed, f"take it from the results by code: {typed}"
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_names_of_storage_are_not_shown(page):
+    text = plain(prose(page)) + "\n".join(shown(page) if "reliability" not in page else [])
+    found = [name for name in stored_names() if re.search(rf"(?<!\w){name}(?!\w)" if name[0] != "_" else name + r"\b", text)]
+    assert not found, f"say it in words: {found}"
+
+
+@pytest.mark.parametrize("page", RESULTS)
+def test_a_results_page_begins_with_its_result(page):
+    first = [line for line in next(shown(page)).splitlines() if line and not line.startswith("On ")]
+    assert 1 <= len(first) <= 5 and re.search(r"\d", first[0])
+    if any(page.endswith(f"/{name}.ipynb") for name in DATA): assert len(first) == 5 and "test ELBO" in first[0]
+
+
+@pytest.mark.parametrize("page", SHORT)
+def test_code_is_short(page):
+    "But for the parameters of an experiment, which are a list."
+    sources = ["".join(c["source"]) for c in cells(page, "code") if "parameters" not in c["metadata"].get("tags", [])]
+    assert max(len(line) for s in sources for line in s.splitlines()) <= 120
+    assert statistics.median(len(s.strip().splitlines()) for s in sources) <= 6
