@@ -1,4 +1,5 @@
 "Shared by all tests: one thread a process, and a last line that counts."
+
 import csv
 import multiprocessing
 import os
@@ -41,9 +42,12 @@ LONG = {  # seconds of the longest tests on one core
     "test_a_run_started_three_times_at_once_is_trained_once": 21,
     "test_another_seed_or_number_of_threads": 20,
     "test_killed_run_ends_with_the_same_numbers": 19,
-    "test_bench_stores_goes_on_and_draws": 15}
-WITHOUT_DATA = pytest.mark.skip(reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
-                                       "(README.md says how) and run the same command to have it run")
+    "test_bench_stores_goes_on_and_draws": 15,
+}
+WITHOUT_DATA = pytest.mark.skip(
+    reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
+    "(README.md says how) and run the same command to have it run"
+)
 
 
 def git(*arguments):
@@ -53,7 +57,8 @@ def git(*arguments):
             subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True)
             arguments = f"--git-dir={empty}", f"--work-tree={ROOT}", *arguments
         done = subprocess.run(["git", "-c", "safe.directory=*", *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode: pytest.exit(f"git {' '.join(arguments)}: {done.stderr}")
+    if done.returncode:
+        pytest.exit(f"git {' '.join(arguments)}: {done.stderr}")
     return done.stdout
 
 
@@ -77,11 +82,13 @@ def forked(stage, out, parameters=None):
     """
     import papermill
     import forks
+
     def work():
         forks.begin(out.with_suffix(".log"))
         page = ROOT / f"nbs/experiments/{stage}.ipynb"
         how = dict(engine_name="in_process", kernel_name="python3", progress_bar=False)
         papermill.execute_notebook(page, out, parameters, **how)
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
@@ -90,10 +97,13 @@ def forked(stage, out, parameters=None):
 def snakemake(*options, said=None):
     "Begins snakemake in a fork of this process, which has what the workflow imports. Returns the process; it speaks to `said`."
     from snakemake.cli import main
+
     def work():
         os.chdir(ROOT)
-        if said: sys.stdout = sys.stderr = said
+        if said:
+            sys.stdout = sys.stderr = said
         main([str(o) for o in options])
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
@@ -105,8 +115,9 @@ def made(*arguments, **variables):
     command = shlex.split(run("make", "--no-print-directory", "--dry-run", *arguments, env=plain))
     assert not set("|&;<>") & set("".join(command)), f"only a shell could do all of it: {command}"
     with tempfile.TemporaryFile("w+") as said, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items(): patch.setenv(name, value)
-        process = snakemake(*command[command.index("snakemake") + 1:], said=said)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        process = snakemake(*command[command.index("snakemake") + 1 :], said=said)
         process.join()
         said.seek(0)
         return process.exitcode, said.read()
@@ -143,11 +154,15 @@ def tries():
 @pytest.fixture
 def record():
     "Adds a line to the record that `make stress` keeps: what was tried, how often, and what came of it."
+
     def add(fault, tried, outcome):
-        if "STRESS" not in os.environ: return
+        if "STRESS" not in os.environ:
+            return
         file = Path(os.environ["STRESS"])
         rows = ([] if file.exists() else [["fault", "tried", "outcome"]]) + [[fault, tried, outcome]]
-        with open(file, "a") as f: csv.writer(f, lineterminator="\n").writerows(rows)
+        with open(file, "a") as f:
+            csv.writer(f, lineterminator="\n").writerows(rows)
+
     return add
 
 
@@ -167,8 +182,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     "Skips what needs the data where they are not. Among several workers the longest tests begin first."
     for item in items:
-        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"): item.add_marker(WITHOUT_DATA)
-    if hasattr(config, "workerinput"): items.sort(key=lambda item: -LONG.get(item.originalname, 0))
+        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"):
+            item.add_marker(WITHOUT_DATA)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -LONG.get(item.originalname, 0))
 
 
 def pytest_runtest_logreport(report):

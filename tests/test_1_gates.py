@@ -1,4 +1,5 @@
 "What must be true of the files themselves."
+
 import ast
 import json
 import os
@@ -18,7 +19,13 @@ from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-FOLDERS = "core", "method", "metrics", "harness", "benchmark" # of the pages that define, in the order in which they may import
+FOLDERS = (
+    "core",
+    "method",
+    "metrics",
+    "harness",
+    "benchmark",
+)  # of the pages that define, in the order in which they may import
 
 
 def cells(page, kind="code"):
@@ -27,7 +34,10 @@ def cells(page, kind="code"):
 
 def defined(folder):
     "The modules that the pages of a folder define, in the order of the pages."
-    return ["".join(cells(page)[0]["source"]).split()[2].removesuffix(".__init__") for page in tracked(f"nbs/{folder}/*.ipynb")]
+    return [
+        "".join(cells(page)[0]["source"]).split()[2].removesuffix(".__init__")
+        for page in tracked(f"nbs/{folder}/*.ipynb")
+    ]
 
 
 def file_of(module):
@@ -47,14 +57,16 @@ def test_tree_is_clean():
 @pytest.mark.parametrize("kind", ["archive", "of another user"])
 def test_the_tests_run_in_every_copy(kind, tmp_path):
     "In an unpacked archive, without git's folder, and in a checkout that belongs to somebody else."
-    if kind == "of another user" and os.geteuid(): pytest.skip("only the superuser can give a folder away")
+    if kind == "of another user" and os.geteuid():
+        pytest.skip("only the superuser can give a folder away")
     copy = tmp_path / "copy"
     for f in tracked("."):
         (copy / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, copy / f)
     if kind == "of another user":
         run("git", "init", "--quiet", copy)
-        for f in [copy, *copy.rglob("*")]: os.chown(f, 65534, 65534)
+        for f in [copy, *copy.rglob("*")]:
+            os.chown(f, 65534, 65534)
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"]
     found = subprocess.run(collect, cwd=copy, capture_output=True, text=True)
     assert not found.returncode and "test_page[nbs/core/01_paths.ipynb]" in found.stdout, found.stdout + found.stderr
@@ -74,20 +86,26 @@ def test_clean_and_export_change_nothing(tmp_path):
 def test_parameters_cell_agrees_with_settings(page):
     from vae_diffusion.harness.execution import parameters_cell
     from vae_diffusion.harness.settings import Settings, collect_settings
+
     tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
     lines = "".join(tagged[0]["source"]).splitlines()
-    assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), f"{page}: one plain parameter a line, with a comment"
+    assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), (
+        f"{page}: one plain parameter a line, with a comment"
+    )
     exec("".join(tagged[0]["source"]), names := {})
     del names["__builtins__"]
     assert collect_settings(names) == Settings(), f"{page}: defaults differ from Settings"
     declared = parameters_cell(Path(page).stem)
-    assert "".join(tagged[0]["source"]) == declared, f"{page}: its parameters cell is not the declared one: run `make parameters`"
+    assert "".join(tagged[0]["source"]) == declared, (
+        f"{page}: its parameters cell is not the declared one: run `make parameters`"
+    )
 
 
 @pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
 def test_params_are_settings(file):
     from vae_diffusion.harness.settings import load_params
+
     names = yaml.safe_load((ROOT / file).read_text())
     assert load_params(names["dataset"], names["scale"])
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
@@ -98,8 +116,12 @@ def test_page(page):
     assert os.path.getsize(ROOT / page) < 300_000, "a page stays under 300 KB"
     text = (ROOT / page).read_text()
     outputs = [o for c in cells(page) for o in c["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], "stored errors or warnings"
-    assert "application/vnd.jupyter.widget" not in text and not re.search(r"/(root|home|Users)/", text), "stored widgets, or paths of one machine"
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], (
+        "stored errors or warnings"
+    )
+    assert "application/vnd.jupyter.widget" not in text and not re.search(r"/(root|home|Users)/", text), (
+        "stored widgets, or paths of one machine"
+    )
     first = "".join(cells(page, "markdown")[0]["source"])
     assert re.match(r"# .+\n\n> .+", first), "a page starts with a title and one line that describes it"
 
@@ -109,13 +131,33 @@ def test_imports_point_one_way():
     for i, module in enumerate(ORDER):
         used = set()
         for n in ast.walk(ast.parse(file_of(module).read_text())):
-            if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or "").startswith("vae_diffusion")): continue
-            package = "vae_diffusion." + module if file_of(module).stem == "__init__" else ("vae_diffusion." + module).rpartition(".")[0]
-            base = ".".join(package.split(".")[:len(package.split(".")) - n.level + 1] + [n.module or ""][:bool(n.module)]) if n.level else n.module
-            used |= {m for name in n.names for m in ((f"{base}.{name.name}".removeprefix("vae_diffusion.")), base.removeprefix("vae_diffusion.")) if m in ORDER and m != module}
+            if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or "").startswith("vae_diffusion")):
+                continue
+            package = (
+                "vae_diffusion." + module
+                if file_of(module).stem == "__init__"
+                else ("vae_diffusion." + module).rpartition(".")[0]
+            )
+            base = (
+                ".".join(
+                    package.split(".")[: len(package.split(".")) - n.level + 1] + [n.module or ""][: bool(n.module)]
+                )
+                if n.level
+                else n.module
+            )
+            used |= {
+                m
+                for name in n.names
+                for m in ((f"{base}.{name.name}".removeprefix("vae_diffusion.")), base.removeprefix("vae_diffusion."))
+                if m in ORDER and m != module
+            }
         assert used <= set(ORDER[:i]), f"{module} imports {used - set(ORDER[:i])}"
     packages = {f"vae_diffusion/{m.split('.')[0]}/__init__.py" for m in ORDER if "." in m}
-    made = {file_of(m).relative_to(ROOT).as_posix() for m in ORDER} | packages | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"}
+    made = (
+        {file_of(m).relative_to(ROOT).as_posix() for m in ORDER}
+        | packages
+        | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"}
+    )
     assert made == set(tracked("vae_diffusion/*.py"))
 
 
@@ -125,52 +167,72 @@ def test_readme_is_made_from_index(tmp_path):
     kernel.parent.mkdir(parents=True)
     kernel.write_text('{"argv": ["false", "{connection_file}"], "display_name": "Python 3", "language": "python"}')
     own = {"HOME": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "0", "JUPYTER_PATH": str(kernel.parents[2])}
-    made = f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}"
+    made = f"README={tmp_path / 'README.md'}", f"PAGE={tmp_path / 'index.ipynb'}"
     run("make", "--no-print-directory", "readme", *made, env=os.environ | own)
     for made in "README.md", "nbs/index.ipynb":
-        assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
+        assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), (
+            f"{made} and data/results disagree: run `make readme`"
+        )
 
 
 @pytest.mark.parametrize("file", tracked("data/weights/*/pipeline.py"))
 def test_code_beside_published_weights_is_the_librarys(file):
     from vae_diffusion import pipelines
     from vae_diffusion.core import files
-    assert (ROOT / file).read_text() == pipelines.pipeline_code(), f"{file} is not what `pipelines.save_pipeline` writes now"
+
+    assert (ROOT / file).read_text() == pipelines.pipeline_code(), (
+        f"{file} is not what `pipelines.save_pipeline` writes now"
+    )
     files.verify_folder((ROOT / file).parent)
 
 
 def test_studies_page_shows_every_study():
     text = (ROOT / "nbs/harness/13_studies.ipynb").read_text()
-    for file in tracked("nbs/experiments/studies/*.yaml"): assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
+    for file in tracked("nbs/experiments/studies/*.yaml"):
+        assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
 
 
 @pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
 def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     from vae_diffusion.benchmark import report
     from vae_diffusion.harness import figures, settings, studies, style
+
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    if name.startswith("bench-"): drawn = report.benchmark_figures(table)
-    elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.study_figures(table, name)
-    else: drawn = figures.figures_from_results(table, settings.load_params(*name.rsplit("-", 1)))
+    if name.startswith("bench-"):
+        drawn = report.benchmark_figures(table)
+    elif "variant" in table:
+        name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.study_figures(table, name)
+    else:
+        drawn = figures.figures_from_results(table, settings.load_params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
         style.save_figure(fig, tmp_path, figure)
         plt.close(fig)
-        assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
+        assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), (
+            f"figures/{name}/{figure}.svg is not what {csv} shows"
+        )
 
 
 @pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if "/bench-" not in f])
 def test_published_results_belong_to_the_parameters(csv):
     from vae_diffusion.harness import results, settings, studies
+
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    grid = [r for _, r in studies.load_study(name).runs()] if "variant" in table else results.grid(settings.load_params(*name.rsplit("-", 1)))
+    grid = (
+        [r for _, r in studies.load_study(name).runs()]
+        if "variant" in table
+        else results.grid(settings.load_params(*name.rsplit("-", 1)))
+    )
     stale = set(table.config) - {r.digest for r in grid}
     assert not stale, f"{csv} holds runs of other parameters than {name} has now: {stale}"
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
     from vae_diffusion.harness import figures, studies, style
+
     style.save_figure(figures.forest_plot(studies.complete_comparisons(), figures.OVERVIEW), tmp_path, "overview")
-    assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
+    assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), (
+        "figures/overview.svg is not what data/results shows"
+    )
 
 
 def declared():
@@ -183,7 +245,8 @@ def test_lower_bounds_are_versions_that_were_tried():
     "By `make oldest`, which takes too long for here."
     lines = (ROOT / "requirements-oldest.txt").read_text().splitlines()
     tried = dict(line.split("==") for line in lines if line[0] != "#")
-    for r in declared(): assert str(r.specifier) == f">={tried[r.name]}", f"{r}: requirements-oldest.txt has {tried[r.name]}"
+    for r in declared():
+        assert str(r.specifier) == f">={tried[r.name]}", f"{r}: requirements-oldest.txt has {tried[r.name]}"
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_imported():
@@ -191,7 +254,12 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported():
     sources = [(ROOT / f).read_text() for f in tracked("vae_diffusion/*.py")]
     sources += ["".join(c["source"]) for page in EXPERIMENTS for c in cells(page)]
     imports = [n for s in sources for n in ast.walk(ast.parse(s)) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    modules = [n.module if isinstance(n, ast.ImportFrom) else a.name for n in imports for a in n.names if not getattr(n, "level", 0)]
+    modules = [
+        n.module if isinstance(n, ast.ImportFrom) else a.name
+        for n in imports
+        for a in n.names
+        if not getattr(n, "level", 0)
+    ]
     found = {m.split(".")[0] for m in modules} - {*sys.stdlib_module_names, "vae_diffusion"}
     found -= {"pythae", "pytorch_msssim", "torchmetrics"}  # rivals of `make bench`, which installs them
     names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}
@@ -204,8 +272,24 @@ def test_wheel_works_without_the_checkout(tmp_path):
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, source / f)
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
-    run("python", "-m", "pip", "install", "--quiet", "--no-index", "--disable-pip-version-check", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
-    code = (f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path/'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-            f"import importlib; from vae_diffusion import data; from vae_diffusion.core import paths; [importlib.import_module('vae_diffusion.' + m) for m in {ORDER}]; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
-            "assert paths.root() == paths.cache(); print(len(data.load('digits').train))")
-    assert run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"
+    run(
+        "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        tmp_path / "site",
+        *tmp_path.glob("*.whl"),
+    )
+    code = (
+        f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
+        f"import importlib; from vae_diffusion import data; from vae_diffusion.core import paths; [importlib.import_module('vae_diffusion.' + m) for m in {ORDER}]; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
+        "assert paths.root() == paths.cache(); print(len(data.load('digits').train))"
+    )
+    assert (
+        run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"
+    )

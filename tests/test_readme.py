@@ -1,4 +1,5 @@
 "Every output that README promises comes when its commands are typed."
+
 import re
 import shlex
 
@@ -25,7 +26,10 @@ def block(text, language):
 
 def table(text):
     "The first table of a text: a dict a row."
-    lines = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in re.search(r"(\|.*\|\n?)+", text)[0].splitlines()]
+    lines = [
+        [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in re.search(r"(\|.*\|\n?)+", text)[0].splitlines()
+    ]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
@@ -34,11 +38,17 @@ def test_the_lines_for_a_hosted_notebook():
     page = nbformat.read(ROOT / "nbs/gpu.ipynb", 4).cells[0].source
     lines = re.search(r"```\n(.*?)```", page, re.S)[1].splitlines()
     assert len(lines) <= 10 and "pip install --quiet -e '.[experiments]'" in lines[2]
-    for file in re.findall(r"nbs/\S+", "\n".join(lines)): assert (ROOT / file).exists(), file
+    for file in re.findall(r"nbs/\S+", "\n".join(lines)):
+        assert (ROOT / file).exists(), file
 
 
-PROMISED = {"train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"}, "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"}, "sample_bank": {"nearest_train_sample", "nearest_train_test"},
-            "train_diffusion": {"bound_train", "bound_test"}, "measure_diffusion": {"two_sample_sample", "two_sample_test"}}
+PROMISED = {
+    "train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"},
+    "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"},
+    "sample_bank": {"nearest_train_sample", "nearest_train_test"},
+    "train_diffusion": {"bound_train", "bound_test"},
+    "measure_diffusion": {"two_sample_sample", "two_sample_test"},
+}
 
 
 def test_every_other_number_is_printed(tmp_path, monkeypatch):
@@ -52,7 +62,13 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         process = forked(stage, tmp_path / "out.ipynb", wishes | {"n_train": 300})
         process.join()
         assert process.exitcode == 0, row
-        printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
+        printed = "".join(
+            o.get("text", "")
+            for c in nbformat.read(tmp_path / "out.ipynb", 4).cells
+            if c.cell_type == "code"
+            for o in c.outputs
+            if o.get("name") == "stdout"
+        )
         assert PROMISED[stage] <= {r["metric"] for r in table(printed)}, row
     names = yaml.safe_load((ROOT / shlex.split(rows[-1]["parameters"].strip("`"))[1]).read_text())
     assert settings.load_params(names["dataset"], names["scale"]).dataset == "binary_mnist"
@@ -68,4 +84,5 @@ def test_the_parts_do_what_their_comments_say(monkeypatch):
 
 
 @pytest.mark.parametrize("link", sorted({*re.findall(r"\]\(([^)#:]+)\)", README)}))
-def test_links_lead_somewhere(link): assert (ROOT / link).exists()
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
