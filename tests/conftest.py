@@ -76,18 +76,15 @@ def run(*command, **options):
 
 
 def forked(stage, out, parameters=None):
-    """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it, as it would in a new kernel.
+    """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it as in a new kernel.
 
     Returns the process. What it says is beside its page `out`, which ends in .ipynb, in a file that ends in .log.
     """
-    import papermill
     import forks
 
     def work():
         forks.begin(out.with_suffix(".log"))
-        page = ROOT / f"nbs/experiments/{stage}.ipynb"
-        how = dict(engine_name="in_process", kernel_name="python3", progress_bar=False)
-        papermill.execute_notebook(page, out, parameters, **how)
+        forks.execute_notebook(stage, out, parameters)
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()

@@ -215,13 +215,12 @@ def test_a_bad_file_is_refused_by_name(name, tmp_path, tries, record):
 def test_stages_that_are_repeated_killed_and_started_at_once(tmp_path, tries, record):
     """All stages, twice at the same time: bit for bit the same.
 
-    The same again after SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row. Of eight that are started at once,
-    the first works, and the others wait and take what it left. And no stage needs more memory than it should.
+    The same again after SIGKILL, SIGTERM and Ctrl-C at random moments, up to three in a row. Of eight that are started
+    at once, the first works, and the others wait and take what it left. And no stage needs more memory than it should.
     """
-    n, kill = tries(1, 50), [sys.executable, "tests/kill.py"]
-    other = subprocess.Popen([*kill, tmp_path / "once", "0"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    stages = [json.loads(line) for line in run(*kill, tmp_path / "killed", n).splitlines()]
-    once = [json.loads(line) for line in other.communicate()[0].splitlines()]
+    n = tries(1, 50)
+    lines = [json.loads(line) for line in run(sys.executable, "tests/kill.py", tmp_path, n).splitlines()]
+    once, stages = ([line for line in lines if line["folder"] == name] for name in ("once", "killed"))
     assert [s["stage"] for s in stages] == ["train_diffusion", "sample_bank", "train_vae", "measure_gaps", "publish"]
     assert [s["content"] for s in stages] == [s["content"] for s in once]
     record("the same command, twice at once", 2 * len(stages), "the same results, bit for bit")

@@ -211,7 +211,7 @@ def test_a_stack_that_fails_or_is_started_twice(smoke, tmp_path, capfd):
     (grid[1].folder / "config.json").write_text("{}")
     assert (
         not forks.train(stack, logs[0])
-        and "each goes on alone: " in capfd.readouterr().err
+        and "each is now run alone: " in capfd.readouterr().err
         and "delete the folder" in logs[0].read_text()
     )
     assert not any(r.done for r in grid)
