@@ -42,6 +42,12 @@ def test_the_lines_for_a_hosted_notebook():
         assert (ROOT / file).exists(), file
 
 
+def printed_by(page):
+    "What an executed notebook printed."
+    outputs = [output for cell in nbformat.read(page, 4).cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
 PROMISED = {
     "train_vae": {"elbo_test", "elbo_test_best", "generalization_gap"},
     "measure_gaps": {"amortization_gap", "robustness_gap", "iwae_test"},
@@ -62,14 +68,7 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         process = forked(stage, tmp_path / "out.ipynb", wishes | {"n_train": 300})
         process.join()
         assert process.exitcode == 0, row
-        printed = "".join(
-            o.get("text", "")
-            for c in nbformat.read(tmp_path / "out.ipynb", 4).cells
-            if c.cell_type == "code"
-            for o in c.outputs
-            if o.get("name") == "stdout"
-        )
-        assert PROMISED[stage] <= {r["metric"] for r in table(printed)}, row
+        assert PROMISED[stage] <= {r["metric"] for r in table(printed_by(tmp_path / "out.ipynb"))}, row
     names = yaml.safe_load((ROOT / shlex.split(rows[-1]["parameters"].strip("`"))[1]).read_text())
     assert settings.load_params(names["dataset"], names["scale"]).dataset == "binary_mnist"
 

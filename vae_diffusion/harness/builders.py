@@ -16,7 +16,7 @@ from ..core import files, paths, rng
 from ..banks import SampleBank
 from ..core.errors import ProjectError
 from ..core.files import digest
-from .execution import execute, require
+from .execution import execute
 from .identity import Run, published_weights_digest, stage_config
 from .runs import device, read_results
 from .settings import Settings
@@ -84,9 +84,9 @@ def open_bank(settings: Settings) -> SampleBank:
     return SampleBank(paths.runs()/f"{settings.dataset}-{settings.scale}"/f"bank-{digest(stage_config('bank', settings), 8)}")
 
 def require_bank(settings: Settings) -> SampleBank:
-    "The bank with all its samples, drawn first if they are not there, as on a machine to which only its results were brought."
-    run = require("sample_bank", settings)
-    if len(open_bank(settings)) < settings.k*len(build_dataset(settings, padded=False).train): execute(run)
+    "Return a bank with the samples that a run takes; those that are missing are drawn first, and no more."
+    if len(open_bank(settings)) < settings.k*len(build_dataset(settings, padded=False).train):
+        execute(Run("sample_bank", replace(settings, ks=(settings.k,))))
     return open_bank(settings)
 
 def weights_folder(settings: Settings) -> Path: # in diffusers' format
