@@ -51,7 +51,7 @@ WITHOUT_DATA = pytest.mark.skip(
 
 
 def git(*arguments):
-    "What git says of this folder, whoever owns it. In an unpacked archive, which is no checkout, all files are new to git."
+    "What git says of this folder, whoever owns it. In an unpacked archive, which is no checkout, all files are new."
     with tempfile.TemporaryDirectory() as empty:
         if not (ROOT / ".git").exists():
             subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True)
@@ -92,7 +92,7 @@ def forked(stage, out, parameters=None):
 
 
 def snakemake(*options, said=None):
-    "Begins snakemake in a fork of this process, which has what the workflow imports. Returns the process; it speaks to `said`."
+    "Begins snakemake in a fork of this process, with its imports. Returns the process; its output goes to `said`."
     from snakemake.cli import main
 
     def work():
@@ -129,7 +129,8 @@ def smoke(tmp_path, monkeypatch):
 
 WITHOUT_NETWORK = """
 import fcntl, os, socket, struct, sys
-with socket.socket() as s: fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1)) # by which one speaks to a notebook's kernel
+with socket.socket() as s: # loopback is up: papermill speaks to a notebook's kernel through it
+    fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 

@@ -1,6 +1,8 @@
 """`nbdev_test` with the pages in a shuffled order; it also fails for a page that leaves its process changed.
 
-python tests/guard.py SEED [WORKERS [PATH]]    without number or with "default" as many workers as nbdev_test takes by itself
+python tests/guard.py SEED [WORKERS [PATH]]
+
+Without WORKERS, or with "default", it starts as many workers as nbdev_test does by itself.
 """
 
 import ctypes
@@ -137,7 +139,7 @@ def differences(before, after):
 
 
 def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
-    "Runs the cells of a page; fails if they leave the process changed. Its threads and processes may take a moment to end."
+    "Runs the cells of a page; fails if they leave the process changed. Its threads and processes have a moment to end."
     if not tempfile.tempdir.endswith(str(os.getpid())):  # a folder for each worker
         os.environ["TMPDIR"] = tempfile.tempdir = f"{tempfile.tempdir}/{os.getpid()}"
         os.mkdir(tempfile.tempdir)

@@ -3,8 +3,8 @@
     python tests/kill.py FOLDER TRIES
 
 All stages run once in FOLDER/once and, at the same time, in FOLDER/killed. There each is also killed and started again,
-TRIES times, and those of `TOGETHER` are started eight times at once. Prints a line of JSON for each stage of both, with the
-digest of its results and its largest memory. Every run is forked from this process, so that it starts at once.
+TRIES times, and those of `TOGETHER` are started eight times at once. Prints a line of JSON for each stage of both, with
+the digest of its results and its largest memory. Every run is forked from this process, so that it starts at once.
 """
 
 import json

@@ -1,4 +1,6 @@
-"""Runs each experiment's page again and again in a kernel that is never restarted, as a reader in JupyterLab would, and watches what they leave behind.
+"""Runs each experiment's page repeatedly in a kernel that is never restarted, as a reader in JupyterLab would.
+
+It watches what the runs leave behind.
 
     python tests/soak.py FOLDER SECONDS    training and measuring with one seed after the other
     python tests/soak.py FOLDER 0          every experiment twice
@@ -23,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def left(shells):
-    "Memory in MB and open files of this process, without the outputs that IPython keeps for `Out` and what the allocator keeps for later."
+    "Memory in MB and open files of this process, without what IPython keeps in `Out` and the allocator for later."
     for shell in shells:
         shell.reset(new_session=False)
     gc.collect()

@@ -111,6 +111,56 @@ def test_params_are_settings(file):
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
 
 
+WIDTH = 120  # columns
+STILL_WIDE = "nbs/experiments/", "nbs/harness/", "nbs/results/", "vae_diffusion/harness/"  # empty at the end
+CODE = "tests/*.py", "tests/*.toml", "workflow/*", ".ci/run", "Makefile", "vae_diffusion/*.py", "nbs/*.ipynb"
+MADE_BY_NBDEV = "vae_diffusion/_modidx.py"
+QUOTES = re.compile(r"(before|after) = |__all__ = ")  # a line of another file, or what nbdev writes
+
+
+def lines_of_code(file):
+    "Where each line of code in a file stands, and the line: in a page, the cell and the line within it."
+    if not file.endswith(".ipynb"):
+        return [(f"{file}:{i}", line) for i, line in enumerate((ROOT / file).read_text().splitlines(), 1)]
+    found = []
+    for number, cell in enumerate(json.loads((ROOT / file).read_text())["cells"], 1):
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines()
+            found += [(f"{file}:cell {number}:{i}", line) for i, line in enumerate(lines, 1)]
+    return found
+
+
+def test_lines_are_narrow():
+    files = [f for pattern in CODE for f in tracked(pattern) if f != MADE_BY_NBDEV and not f.startswith(STILL_WIDE)]
+    wide = [at for f in files for at, line in lines_of_code(f) if len(line) > WIDTH and not QUOTES.match(line)]
+    assert not wide, f"more than {WIDTH} columns: {', '.join(wide)}"
+
+
+NOT_YET_IMPERATIVE = ("vae_diffusion/harness/",)  # empty at the end
+VERBS_IN_S = "Pass", "Express", "Compress", "Process", "Access", "Focus", "Discuss"
+NO_VERBS = "A", "An", "The", "All", "Each", "Every", "How", "No", "One", "What", "Where", "Whether", "Which"
+
+
+def is_imperative(docstring):
+    "Whether a docstring may begin with a verb in the imperative: no article, no third person, a capital letter."
+    first = docstring.split()[0].strip(".,:;`")
+    third_person = first.endswith("s") and first not in VERBS_IN_S
+    return first[:1].isupper() and first not in NO_VERBS and not third_person
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    "Those of everything that the library exports."
+    wrong = []
+    for file in tracked("vae_diffusion/*.py"):
+        if file.startswith(NOT_YET_IMPERATIVE):
+            continue
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+            if text and not is_imperative(text):
+                wrong.append(f"{file}:{node.lineno} {node.name}: {text.splitlines()[0]}")
+    assert not wrong, "docstrings that do not begin with a verb in the imperative: " + "; ".join(wrong)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_page(page):
     assert os.path.getsize(ROOT / page) < 300_000, "a page stays under 300 KB"
@@ -266,6 +316,20 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported():
     assert {names.get(m, m) for m in found} == {r.name for r in declared()}
 
 
+IMPORT_ALL = """
+import importlib, sys
+sys.modules["nbdev"] = None
+sys.path.insert(0, {site!r})
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+from vae_diffusion import data
+from vae_diffusion.core import paths
+for module in {modules}: importlib.import_module("vae_diffusion." + module)
+assert paths.__file__.startswith({site!r}), paths.__file__
+assert paths.root() == paths.cache()
+print(len(data.load("digits").train))
+"""
+
+
 def test_wheel_works_without_the_checkout(tmp_path):
     source = tmp_path / "source"
     for f in tracked("."):
@@ -285,11 +349,7 @@ def test_wheel_works_without_the_checkout(tmp_path):
         tmp_path / "site",
         *tmp_path.glob("*.whl"),
     )
-    code = (
-        f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path / 'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-        f"import importlib; from vae_diffusion import data; from vae_diffusion.core import paths; [importlib.import_module('vae_diffusion.' + m) for m in {ORDER}]; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
-        "assert paths.root() == paths.cache(); print(len(data.load('digits').train))"
-    )
+    code = IMPORT_ALL.format(site=str(tmp_path / "site"), modules=ORDER)
     assert (
         run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"
     )

@@ -52,7 +52,7 @@ LEAKS = {  # what a page may do -> what is then said to have changed
     "import torch; torch.set_default_dtype(torch.float64)": "PyTorch: get_default_dtype",
     "import matplotlib.pyplot as plt; plt.rcParams['axes.grid'] = True": "matplotlib: axes.grid",
     "import pandas as pd; pd.options.display.precision = 2": "pandas",
-    "import threading, time; threading.Thread(target=time.sleep, args=[60], daemon=True, name='left').start()": "threads: left",
+    "import threading as t; t.Thread(target=t.Event().wait, daemon=True, name='left').start()": "threads: left",
     "import subprocess as s; s.Popen(['sleep', '60'], stdout=s.DEVNULL, stderr=s.DEVNULL)": "processes",
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)": "signals: SIGTERM",
     "import gzip; gzip.open = print": "names: .*'gzip', 'open'",

@@ -76,7 +76,7 @@ def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
 
 
 def test_every_study_can_be_run(smoke, tries):
-    "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make stress` all."
+    "The runs of all are made. The workflow plans one study for every sequence of experiments; in `make stress` all."
     from vae_diffusion.harness import studies
 
     found = [studies.load_study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]

@@ -224,10 +224,18 @@ def test_search_and_attack_bear_fast_products():
     assert abs(found[0][0] - found[1][0]) < 0.1 and found[0][1] == pytest.approx(found[1][1], rel=0.05)
 
 
+GROWTH = """
+import json
+from vae_diffusion.benchmark import timing, vae_cases
+case = lambda k: (vae_cases.train_on_bank, {"k": k, "train": 3000, "steps": 60})
+found = timing.run_interleaved({("growth", "k", k): case(k) for k in (1, 20)}, 1, 1, progress=False)
+print(json.dumps([*found.memory]))
+"""
+
+
 def test_memory_does_not_grow_with_k():
     "In processes of their own, with mapped files left out, as the benchmark measures it."
-    code = "import json; from vae_diffusion.benchmark import timing, vae_cases; t = timing.run_interleaved({('growth', 'k', k): (vae_cases.train_on_bank, {'k': k, 'train': 3000, 'steps': 60}) for k in (1, 20)}, 1, 1, progress=False); print(json.dumps([*t.memory]))"
-    one, twenty = json.loads(run(sys.executable, "-c", code).splitlines()[-1])
+    one, twenty = json.loads(run(sys.executable, "-c", GROWTH).splitlines()[-1])
     assert one > 5 and twenty < one + 15, "MB; the larger bank holds 58 MB more"
 
 

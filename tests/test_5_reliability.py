@@ -1,4 +1,7 @@
-"Faults that a long campaign on shared machines meets. `make stress` tries all of them and keeps a record; `make test` a seeded sample."
+"""Faults that a long campaign on shared machines meets.
+
+`make stress` tries all of them and keeps a record; `make test` tries a seeded sample.
+"""
 
 import json
 import os
@@ -36,7 +39,7 @@ RANDOM = random.Random
 
 
 def mutate(content, seed):
-    "One of the faults of a disk or a copy: a flipped bit, an early end, more bytes, a number of the header made huge, two pieces swapped."
+    "A fault of a disk or a copy: a flipped bit, an early end, more bytes, a huge number in the header, pieces swapped."
     draw, kind = RANDOM(seed), seed % 5
     at = draw.randrange(len(content))
     if kind == 0:
@@ -185,7 +188,10 @@ FORMATS = [
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_bad_file_is_refused_by_name(name, tmp_path, tries, record):
-    "Whatever happens to a file, it gives what was written, or an error that names it: no other error, no hang, no memory for what a header claims."
+    """Whatever happens to a file, it gives what was written, or an error that names it.
+
+    No other error comes, nothing hangs, and no memory is taken for what a header claims.
+    """
     file, read = getattr(Formats(tmp_path), name)()
     good, content = file.read_bytes(), read()
     soft = resource.getrlimit(resource.RLIMIT_AS)
@@ -425,7 +431,7 @@ WRONG = {
 
 @pytest.mark.parametrize("page", tracked("nbs/experiments/*.ipynb"))
 def test_every_parameter_is_checked(page, record):
-    "Each parameter of each notebook, with values of the wrong type, negative, absurd and missing: one line that names it."
+    "Each parameter of each notebook, with a wrong type, negative, absurd and missing: one line that names it."
     cell = next(
         c for c in json.loads((ROOT / page).read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])
     )
@@ -496,7 +502,8 @@ torch.set_num_threads(1)
 images = levels.pad(data.load("digits").train, 64)
 vae = models.fully_connected((1, 64, 64), family("binomial", levels=17), (64,), 4)
 metrics.elbo(vae, images[:10], 17)
-used, limits = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize(), resource.getrlimit(resource.RLIMIT_AS)
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limits = resource.getrlimit(resource.RLIMIT_AS)
 resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, limits[1]))
 short = metrics.elbo(vae, images, 17)
 resource.setrlimit(resource.RLIMIT_AS, limits)
@@ -540,7 +547,7 @@ def test_another_seed_or_number_of_threads(tmp_path, monkeypatch, record):
 
 
 def test_another_batch_of_the_sampler():
-    "Image i depends on its own noise; its batch changes the rounding alone, and with it one level in a thousand pixels at most."
+    "Image i depends on its own noise; its batch changes the rounding alone: at most one level in a thousand pixels."
     pipe = pipelines.load_pipeline(paths.weights() / "digits")
 
     def draw(rows):
@@ -568,7 +575,10 @@ def test_a_long_session_leaves_nothing_behind(tmp_path, tries, record):
 
 
 def test_a_long_workflow_leaves_nothing_behind(tmp_path, tries, record):
-    "A thousand runs under one `make reproduce`: neither the memory nor the open files of the process that starts them grow. SIGTERM ends it."
+    """A thousand runs under one `make reproduce`, which SIGTERM ends.
+
+    Neither the memory nor the open files of the process that starts them grow.
+    """
     seconds, seen = tries(10, 1800), []
     count = lambda: len(list(tmp_path.glob("digits-smoke/*/metrics.csv")))
     make = subprocess.Popen(

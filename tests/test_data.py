@@ -1,4 +1,7 @@
-"The published data sets in full. Needs `VAE_DIFFUSION_DATA`; the page `nbs/method/01_data.ipynb` checks everything that does not."
+"""The published data sets in full.
+
+This needs `VAE_DIFFUSION_DATA`; the page `nbs/method/01_data.ipynb` checks everything that does not.
+"""
 
 import gzip, os
 from pathlib import Path

@@ -176,7 +176,10 @@ def test_a_model_is_published_where_permissions_cannot_be_set(tmp_path, monkeypa
     assert (tmp_path / "weights/digits/unet/config.json").read_text() == "unet/config.json"
 
 
-PLACES = "from vae_diffusion import data; from vae_diffusion.core import paths; print(paths.runs(), paths.cache(), paths.folder_from_env('VAE_DIFFUSION_DATA', paths.root()), sep='|')"
+PLACES = """
+from vae_diffusion.core import paths
+print(paths.runs(), paths.cache(), paths.folder_from_env("VAE_DIFFUSION_DATA", paths.root()), sep="|")
+"""
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"Minutes, not days: a command stops in time and goes on, its runs move to another machine, and its time is known before."
+"Minutes, not days: a command stops in time and resumes, runs move to another machine, and the time is known before."
 
 import os
 import re
@@ -39,9 +39,8 @@ def test_minutes_that_make_no_sense(minutes, tmp_path):
 
 def test_a_workflow_whose_minutes_are_over_begins_nothing_and_has_not_failed(tmp_path):
     status, said = make("reproduce", "SCALE=smoke", "MINUTES=0.01", VAE_DIFFUSION_RUNS=str(tmp_path))
-    assert (
-        status == 2 and "Error 75" in said and "0 of 6 runs are done" in said and "To resume, run the same command again" in said
-    ), said
+    assert status == 2 and "Error 75" in said, said
+    assert "0 of 6 runs are done" in said and "To resume, run the same command again" in said, said
     assert "fail" not in said and "rror in" not in said and not list(tmp_path.glob("*/*/config.json")), said
 
 

@@ -82,7 +82,7 @@ def test_each_run_is_what_it_is_alone(wanted):
 
 
 def test_a_falling_step_size_and_batch_statistics():
-    "A bias before BatchNorm has no gradient but rounding, which Adam makes steps of; what follows the bias is left out."
+    "A bias before BatchNorm has no gradient but rounding, of which Adam makes steps; what follows it is left out."
     how = HOW | {"decay": True}
     for name, (vae, fit) in zip("abc", stack("abc", how=how, normalisation="batch")):
         other, known = alone(name, how=how, normalisation="batch")
@@ -161,10 +161,9 @@ def test_a_loss_that_is_not_finite_names_its_run(wanted, tmp_path):
 
 
 def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monkeypatch):
-    command, tables = (
-        "--profile none --quiet all --snakefile workflow/Snakefile --cores 2 --nolock --force-use-threads --config scale=smoke stack=true --",
-        [],
-    )
+    options = "--profile none --quiet all --snakefile workflow/Snakefile --cores 2 --nolock --force-use-threads"
+    command = f"{options} --config scale=smoke stack=true --"
+    tables = []
     for way in "stack", "alone":
         monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / way))
         grid = [r for r in results.grid(settings.load_params("digits", "smoke")) if r.stage == "train_vae"]

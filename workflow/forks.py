@@ -110,7 +110,7 @@ def has_gpu():
 
 
 def train(stack, log):
-    """Trains a stack of runs in a process of its own. Returns whether it did; if it failed, each run can still go alone.
+    """Trains a stack of runs in a process of its own. Returns whether it did; if not, each run can still go alone.
 
     Raises `ProjectError` if it was stopped, `stopping.Stopped` if its time is over.
     """
@@ -147,7 +147,7 @@ def execute(run, log):
 
 
 def write_report(settings, folder, log):
-    "Writes the report of a grid, as a notebook and as HTML, in a process of its own. Raises `ProjectError` if it fails."
+    "Writes the report of a grid as notebook and HTML, in a process of its own. Raises `ProjectError` if it fails."
 
     def work():
         begin(log)
