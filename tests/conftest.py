@@ -22,10 +22,10 @@ counts = dict(passed=0, failed=0, skipped=0)
 LONG = {  # seconds of the longest tests on one core
     "test_nbdev_test_as_it_is_typed": 130,
     "test_nbdev_test_with_one_worker": 120,
-    "test_stages_that_are_repeated_killed_and_started_at_once": 110,
+    "test_stages_that_are_repeated_killed_and_started_at_once": 52,
     "test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results": 45,
-    "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
-    "test_published_run": 109,
+    "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 28,
+    "test_published_run": 47,
     "test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone": 25,
     "test_a_compiled_stack": 15,
     "test_every_other_number_is_printed": 36,
@@ -38,11 +38,11 @@ LONG = {  # seconds of the longest tests on one core
     "test_memory_at_full_size": 30,
     "test_every_experiment_can_be_run_again_in_the_same_kernel": 25,
     "test_a_long_session_leaves_nothing_behind": 25,
-    "test_measure_gaps_alone_runs_what_it_needs": 25,
-    "test_a_run_started_three_times_at_once_is_trained_once": 21,
-    "test_another_seed_or_number_of_threads": 20,
-    "test_killed_run_ends_with_the_same_numbers": 19,
-    "test_bench_stores_goes_on_and_draws": 15,
+    "test_measure_gaps_alone_runs_what_it_needs": 14,
+    "test_a_run_started_three_times_at_once_is_trained_once": 9,
+    "test_another_seed_or_number_of_threads": 12,
+    "test_killed_run_ends_with_the_same_numbers": 13,
+    "test_bench_stores_resumes_and_draws": 15,
 }
 WITHOUT_DATA = pytest.mark.skip(
     reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "

@@ -1,6 +1,7 @@
 "What must be true of the files themselves."
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -176,32 +177,26 @@ def test_page(page):
     assert re.match(r"# .+\n\n> .+", first), "a page starts with a title and one line that describes it"
 
 
+def imported(module):
+    "The modules of the library that one of them imports."
+    file, name, found = file_of(module), f"vae_diffusion.{module}", set()
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = node.module or ""
+        if node.level:
+            base = importlib.util.resolve_name("." * node.level + base, package)
+        if base.startswith("vae_diffusion"):
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {each.removeprefix("vae_diffusion.") for each in found} & set(ORDER) - {module}
+
+
 def test_imports_point_one_way():
     "Folder by folder, and within a folder in the order of the pages' numbers."
     for i, module in enumerate(ORDER):
-        used = set()
-        for n in ast.walk(ast.parse(file_of(module).read_text())):
-            if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or "").startswith("vae_diffusion")):
-                continue
-            package = (
-                "vae_diffusion." + module
-                if file_of(module).stem == "__init__"
-                else ("vae_diffusion." + module).rpartition(".")[0]
-            )
-            base = (
-                ".".join(
-                    package.split(".")[: len(package.split(".")) - n.level + 1] + [n.module or ""][: bool(n.module)]
-                )
-                if n.level
-                else n.module
-            )
-            used |= {
-                m
-                for name in n.names
-                for m in ((f"{base}.{name.name}".removeprefix("vae_diffusion.")), base.removeprefix("vae_diffusion."))
-                if m in ORDER and m != module
-            }
-        assert used <= set(ORDER[:i]), f"{module} imports {used - set(ORDER[:i])}"
+        late = imported(module) - set(ORDER[:i])
+        assert not late, f"{module} imports {late}"
     packages = {f"vae_diffusion/{m.split('.')[0]}/__init__.py" for m in ORDER if "." in m}
     made = (
         {file_of(m).relative_to(ROOT).as_posix() for m in ORDER}

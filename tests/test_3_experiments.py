@@ -144,31 +144,26 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
 
 
 def test_killed_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    "By a signal that no process can refuse; a new kernel goes on."
-    wish, numbers = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}, []
-    command = [
-        *PAPERMILL,
-        *(x for k, v in wish.items() for x in ("-y", f"{k}: {v}")),
-        "nbs/experiments/train_vae.ipynb",
-        tmp_path / "killed.ipynb",
-    ]
-    for name, kill in ("whole", False), ("killed", True):
-        monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
-        if kill:
-            process = forked("train_vae", tmp_path / "killed.ipynb", wish)
-            deadline = time.monotonic() + 120
-            while not list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline:
-                time.sleep(0.05)
-            process.kill()
-            process.join()
-            assert list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and not list(
-                (tmp_path / name).glob("*/*/metrics.csv")
-            ), "the run was not caught at work"
-            run(*command)
-        else:
-            forked("train_vae", tmp_path / "whole.ipynb", wish).join()
-        numbers.append(pd.read_csv(*(tmp_path / name).glob("*/*/metrics.csv")).drop(columns=["seconds"]))
-    pd.testing.assert_frame_equal(*numbers, check_exact=True)
+    "By a signal that no process can refuse; a new kernel resumes it."
+    wish = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(whole))
+    forked("train_vae", tmp_path / "whole.ipynb", wish).join()
+
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(killed))
+    process = forked("train_vae", tmp_path / "killed.ipynb", wish)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert list(killed.glob("*/*/checkpoint.safetensors")), "the run was killed before its first checkpoint"
+    assert not list(killed.glob("*/*/metrics.csv")), "the run had ended before it was killed"
+    parameters = [part for name, value in wish.items() for part in ("-y", f"{name}: {value}")]
+    run(*PAPERMILL, *parameters, "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb")
+
+    tables = [pd.read_csv(*folder.glob("*/*/metrics.csv")).drop(columns="seconds") for folder in (whole, killed)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path):

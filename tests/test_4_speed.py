@@ -277,7 +277,7 @@ def test_cases_on_mnist(case, arguments):
     assert timing.run_case(case, 1, arguments)["value"] > 0
 
 
-def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
+def test_bench_stores_resumes_and_draws(monkeypatch, tmp_path):
     product = {"size": 64, "seconds": 0.01}
     monkeypatch.setattr(
         suite,
@@ -321,7 +321,7 @@ def test_bench_stores_goes_on_and_draws(monkeypatch, tmp_path):
     table = pd.read_csv(tmp_path / "results" / f"bench-{runs.machine_name()}.csv")
     assert table.groupby("benchmark").size().to_dict() == {"matrix product": 4, "MS-SSIM": 4, "growth": 12}
     assert table.value[0] == 123 and not table.duplicated(["benchmark", "case", "x", "repetition"]).any(), (
-        "a stopped benchmark goes on"
+        "a stopped benchmark resumes"
     )
     assert {f.name for f in (tmp_path / "figures" / f"bench-{runs.machine_name()}").glob("*.png")} == {
         "speed.png",

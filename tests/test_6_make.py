@@ -1,4 +1,4 @@
-"What people do to a checkout, and have in their environment: make goes on, or says what is wrong in a line."
+"What people do to a checkout and have in their environment: make works, or says in a line what is wrong."
 
 import os
 import shutil

@@ -142,7 +142,7 @@ def move(a, b):
 
 
 def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results(whole, tmp_path):
-    "Each stage is stopped at least once, and goes on on the other machine, which has no bank before it draws one."
+    "Each stage is stopped at least once and resumes on the other machine, which has no bank until it draws one."
     here, there = tmp_path / "here", tmp_path / "there"
     for folder in here, there:
         folder.mkdir()

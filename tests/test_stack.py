@@ -193,7 +193,7 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
     pd.testing.assert_frame_equal(*tables, rtol=1e-4)
 
 
-def test_a_stack_that_is_stopped_is_not_gone_on_with(smoke, tmp_path, monkeypatch):
+def test_a_stack_that_is_stopped_is_not_run_alone(smoke, tmp_path, monkeypatch):
     def stopped(*stack):
         raise KeyboardInterrupt("stopped by SIGINT")
 
