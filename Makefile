@@ -12,11 +12,19 @@ SIZE ?= 16
 TO ?=
 FROM ?=
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads \
+  --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete \
+  --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+PAPERMILL = papermill --log-level ERROR --no-progress-bar -k python3
+PIP_INSTALL = pip install --quiet --disable-pip-version-check
+# $(call python,MODULE,FUNCTION) ARGUMENT... calls a function of the harness; an error of the project is one line.
+python = OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; \
+  from vae_diffusion.harness import $(1); errors.exit_on_error($(1).$(2), *sys.argv[1:])"
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export JUPYTER_PLATFORM_DIRS := 1
 export PYDEVD_DISABLE_FILE_VALIDATION := 1
-# The interpreter of this environment runs the notebooks, and the settings below the runs, whatever a user has for other projects.
+# Whatever a user has for other projects, the interpreter of this environment runs the notebooks, and the settings below
+# the runs.
 export JUPYTER_PREFER_ENV_PATH := 1
 unexport JUPYTER_PATH SNAKEMAKE_PROFILE
 # An environment names its place. One that is a link belongs to another checkout, and is left as it is.
@@ -31,90 +39,121 @@ $(error MINUTES=$(MINUTES): give the minutes after which to stop, such as 12)
 endif
 export VAE_DIFFUSION_UNTIL := $(shell awk 'BEGIN {printf "%.1f", '$$(date +%s)' + 60*$(MINUTES)}')
 endif
-only = $(if $(filter $(1),$(MAKECMDGOALS)),$(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2))))
+refuse_scale = $(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): what is published has scale $(2)))
+only = $(if $(filter $(1),$(MAKECMDGOALS)),$(call refuse_scale,$(1),$(2)))
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
 
-.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack parameters readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack \
+  parameters readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
-reproduce: $(BIN)/ready  ## all runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html; with MINUTES=12 it stops in time, as figures, study and weights do
+# All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
+# do figures, study and weights.
+reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
-test: $(BIN)/ready  ## everything that CI checks
+# Everything that CI checks.
+test: $(BIN)/ready
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
-stress: $(BIN)/ready  ## every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv
+# Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
+stress: $(BIN)/ready
 	@mkdir -p build && rm -f build/reliability.csv
-	STRESS=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py tests/test_3_experiments.py::test_{workflow_is_interrupted_fails_in_part_resumes_and_reports,every_study_can_be_run}
+	STRESS=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py \
+	  tests/test_3_experiments.py::test_workflow_is_interrupted_fails_in_part_resumes_and_reports \
+	  tests/test_3_experiments.py::test_every_study_can_be_run
 	mv build/reliability.csv data/reliability.csv
 
-mutants: $(BIN)/ready  ## every fault of tests/mutants.toml, put in and noticed by a test: data/mutants.csv; with FAULT="augment flip" some of them
+# Puts in each fault of tests/mutants.toml, which a test must notice: data/mutants.csv. With FAULT="augment flip" some.
+mutants: $(BIN)/ready
 	$(BIN)/python tests/mutants.py $(if $(FAULT),build/mutants.csv,data/mutants.csv) $(FAULT)
 
-lab: $(BIN)/ready  ## the notebooks in JupyterLab
+# The notebooks in JupyterLab.
+lab: $(BIN)/ready
 	$(BIN)/jupyter lab --allow-root --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
 
-figures: $(BIN)/ready  ## the same, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them
+# As reproduce, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them.
+figures: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- publish
 
-study: $(BIN)/ready  ## a question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv
+# A question of nbs/experiments/studies: make study STUDY=digits-lr writes data/results/digits-lr.csv.
+study: $(BIN)/ready
 	@$(SNAKEMAKE) study=$(STUDY) -- study
 
-bench: $(BIN)/ready build/bench/ready  ## speed beside other libraries, growth of cost: what data/results/bench-MACHINE.csv lacks; all takes about 30 minutes
+# Speed beside other libraries, and growth of cost. Measures what data/results/bench-MACHINE.csv lacks; everything takes
+# about 30 minutes.
+bench: $(BIN)/ready build/bench/ready
 	PYTHONPATH=build/bench $(BIN)/python -c "from vae_diffusion.benchmark import command; command.run_benchmark()"
 
 build/bench/ready: $(BIN)/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
-try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/papermill --log-level ERROR --no-progress-bar --stdout-file - -k python3 nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
-oldest:  ## the pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB): make oldest PYTHON=python3.12
+try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(PAPERMILL) --stdout-file - \
+  nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
+# The pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB):
+# make oldest PYTHON=python3.12. The page `reliability` is left out: it is about the pinned packages.
+oldest:
 	$(PYTHON) -m venv --clear build/oldest
-	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/pip install --quiet --disable-pip-version-check --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
-	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability' # which is about the pinned packages
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
+	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p method dmaapx
 	$(call try,measure_diffusion) -p weights trained
 	$(call try,report)
 
-weights: $(BIN)/ready  ## trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`
+# Trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`.
+weights: $(BIN)/ready
 	@mkdir -p runs
-	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 nbs/experiments/train_diffusion.ipynb \
-	  runs/train_diffusion.ipynb -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
+	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 \
+	  nbs/experiments/train_diffusion.ipynb runs/train_diffusion.ipynb \
+	  -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
 	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
-publish-weights: weights  ## the same, and it becomes data/weights/DATASET, the published one; at scale paper data/weights/DATASET-paper
-	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; builders.publish_weights(settings.load_params('$(DATASET)', '$(SCALE)'), '$(DATASET)$(if $(filter paper,$(SCALE)),-paper)')"
+PUBLISHED = $(DATASET)$(if $(filter paper,$(SCALE)),-paper)
+# As weights, and the model becomes the published one, data/weights/DATASET; at scale paper data/weights/DATASET-paper.
+publish-weights: weights
+	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; \
+	  builders.publish_weights(settings.load_params('$(DATASET)', '$(SCALE)'), '$(PUBLISHED)')"
 
-plan: $(BIN)/ready  ## the runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes
-	@OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import plan; errors.exit_on_error(plan.print_plan, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
+# The runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes.
+plan: $(BIN)/ready
+	@$(call python,plan,print_plan) "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
 
-pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, in pieces of SIZE=16 MiB at most; TO=folder writes it there
-	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.pack_runs, *sys.argv[1:])" "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
+# Packs what is needed to resume DATASET at SCALE elsewhere, in pieces of at most SIZE=16 MiB, into TO=folder.
+pack: $(BIN)/ready
+	@$(call python,packing,pack_runs) "$(DATASET)" "$(SCALE)" "$(SIZE)" "$(TO)"
 
-unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
-	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.unpack_runs, *sys.argv[1:])" "$(FROM)"
+# Unpacks what make pack wrote elsewhere: make unpack FROM=folder
+unpack: $(BIN)/ready
+	@$(call python,packing,unpack_runs) "$(FROM)"
 
-parameters: $(BIN)/ready  ## the parameters cells of the experiment notebooks, from their declaration in nbs/harness/00_settings.ipynb
+# Writes the parameters cells of the experiment notebooks from their declaration in nbs/harness/00_settings.ipynb.
+parameters: $(BIN)/ready
 	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
 	$(BIN)/nbdev_clean
 
-readme: $(BIN)/ready  ## nbs/index.ipynb run again, and README.md from it
-	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new && mv $(PAGE).new $(PAGE)
+# Runs nbs/index.ipynb again and makes README.md of it.
+readme: $(BIN)/ready
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new
+	mv $(PAGE).new $(PAGE)
 	$(BIN)/nbdev_clean --fname $(PAGE)
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled True \
-	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new && mv $(README).new $(README)
+	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new
+	mv $(README).new $(README)
 
-clean:  ## removes the environment and all runs
+# Removes the environment and all runs.
+clean:
 	rm -rf .venv runs .snakemake build *.egg-info
 
 $(BIN)/ready: requirements.lock requirements-torch.txt
-	$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
-	@$(if $(MOVED),echo "This checkout was moved: its environment is made again")
+	$(PYTHON) -c "import sys; \
+	  sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
+	@$(if $(MOVED),echo "This checkout was moved: making its environment again")
 	$(PYTHON) -m venv $(if $(MOVED),--clear) .venv
 	@echo "Installing the pinned requirements into .venv (about 3 minutes)"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-torch.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(BIN)/$(PIP_INSTALL) --no-deps --require-hashes -r requirements.lock
+	$(BIN)/$(PIP_INSTALL) -r requirements-torch.txt
+	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
 	touch $@

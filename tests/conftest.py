@@ -1,4 +1,5 @@
 "Shared by all tests: one thread a process, and a last line that counts."
+
 import csv
 import multiprocessing
 import os
@@ -21,10 +22,10 @@ counts = dict(passed=0, failed=0, skipped=0)
 LONG = {  # seconds of the longest tests on one core
     "test_nbdev_test_as_it_is_typed": 130,
     "test_nbdev_test_with_one_worker": 120,
-    "test_stages_that_are_repeated_killed_and_started_at_once": 110,
+    "test_stages_that_are_repeated_killed_and_started_at_once": 52,
     "test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results": 45,
-    "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 60,
-    "test_published_run": 109,
+    "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 28,
+    "test_published_run": 47,
     "test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone": 25,
     "test_a_compiled_stack": 15,
     "test_every_other_number_is_printed": 36,
@@ -37,23 +38,27 @@ LONG = {  # seconds of the longest tests on one core
     "test_memory_at_full_size": 30,
     "test_every_experiment_can_be_run_again_in_the_same_kernel": 25,
     "test_a_long_session_leaves_nothing_behind": 25,
-    "test_measure_gaps_alone_runs_what_it_needs": 25,
-    "test_a_run_started_three_times_at_once_is_trained_once": 21,
-    "test_another_seed_or_number_of_threads": 20,
-    "test_killed_run_ends_with_the_same_numbers": 19,
-    "test_bench_stores_goes_on_and_draws": 15}
-WITHOUT_DATA = pytest.mark.skip(reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
-                                       "(nbs/reproduce.ipynb says how) and run the same command to have it run")
+    "test_measure_gaps_alone_runs_what_it_needs": 14,
+    "test_a_run_started_three_times_at_once_is_trained_once": 9,
+    "test_another_seed_or_number_of_threads": 12,
+    "test_killed_run_ends_with_the_same_numbers": 13,
+    "test_bench_stores_resumes_and_draws": 15,
+}
+WITHOUT_DATA = pytest.mark.skip(
+    reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
+    "(nbs/reproduce.ipynb says how) and run the same command to have it run"
+)
 
 
 def git(*arguments):
-    "What git says of this folder, whoever owns it. In an unpacked archive, which is no checkout, all files are new to git."
+    "What git says of this folder, whoever owns it. In an unpacked archive, which is no checkout, all files are new."
     with tempfile.TemporaryDirectory() as empty:
         if not (ROOT / ".git").exists():
             subprocess.run(["git", "init", "--quiet", "--bare", empty], check=True)
             arguments = f"--git-dir={empty}", f"--work-tree={ROOT}", *arguments
         done = subprocess.run(["git", "-c", "safe.directory=*", *arguments], cwd=ROOT, capture_output=True, text=True)
-    if done.returncode: pytest.exit(f"git {' '.join(arguments)}: {done.stderr}")
+    if done.returncode:
+        pytest.exit(f"git {' '.join(arguments)}: {done.stderr}")
     return done.stdout
 
 
@@ -71,29 +76,31 @@ def run(*command, **options):
 
 
 def forked(stage, out, parameters=None):
-    """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it, as it would in a new kernel.
+    """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it as in a new kernel.
 
     Returns the process. What it says is beside its page `out`, which ends in .ipynb, in a file that ends in .log.
     """
-    import papermill
     import forks
+
     def work():
         forks.begin(out.with_suffix(".log"))
-        page = ROOT / f"nbs/experiments/{stage}.ipynb"
-        how = dict(engine_name="in_process", kernel_name="python3", progress_bar=False)
-        papermill.execute_notebook(page, out, parameters, **how)
+        forks.execute_notebook(stage, out, parameters)
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
 
 
 def snakemake(*options, said=None):
-    "Begins snakemake in a fork of this process, which has what the workflow imports. Returns the process; it speaks to `said`."
+    "Begins snakemake in a fork of this process, with its imports. Returns the process; its output goes to `said`."
     from snakemake.cli import main
+
     def work():
         os.chdir(ROOT)
-        if said: sys.stdout = sys.stderr = said
+        if said:
+            sys.stdout = sys.stderr = said
         main([str(o) for o in options])
+
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     return process
@@ -105,8 +112,9 @@ def made(*arguments, **variables):
     command = shlex.split(run("make", "--no-print-directory", "--dry-run", *arguments, env=plain))
     assert not set("|&;<>") & set("".join(command)), f"only a shell could do all of it: {command}"
     with tempfile.TemporaryFile("w+") as said, pytest.MonkeyPatch.context() as patch:
-        for name, value in variables.items(): patch.setenv(name, value)
-        process = snakemake(*command[command.index("snakemake") + 1:], said=said)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        process = snakemake(*command[command.index("snakemake") + 1 :], said=said)
         process.join()
         said.seek(0)
         return process.exitcode, said.read()
@@ -121,7 +129,8 @@ def smoke(tmp_path, monkeypatch):
 
 WITHOUT_NETWORK = """
 import fcntl, os, socket, struct, sys
-with socket.socket() as s: fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1)) # by which one speaks to a notebook's kernel
+with socket.socket() as s: # loopback is up: papermill speaks to a notebook's kernel through it
+    fcntl.ioctl(s, 0x8914, struct.pack("16sh", b"lo", 1))
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
@@ -143,11 +152,15 @@ def tries():
 @pytest.fixture
 def record():
     "Adds a line to the record that `make stress` keeps: what was tried, how often, and what came of it."
+
     def add(fault, tried, outcome):
-        if "STRESS" not in os.environ: return
+        if "STRESS" not in os.environ:
+            return
         file = Path(os.environ["STRESS"])
         rows = ([] if file.exists() else [["fault", "tried", "outcome"]]) + [[fault, tried, outcome]]
-        with open(file, "a") as f: csv.writer(f, lineterminator="\n").writerows(rows)
+        with open(file, "a") as f:
+            csv.writer(f, lineterminator="\n").writerows(rows)
+
     return add
 
 
@@ -167,8 +180,10 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(config, items):
     "Skips what needs the data where they are not. Among several workers the longest tests begin first."
     for item in items:
-        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"): item.add_marker(WITHOUT_DATA)
-    if hasattr(config, "workerinput"): items.sort(key=lambda item: -LONG.get(item.originalname, 0))
+        if item.get_closest_marker("data") and not os.environ.get("VAE_DIFFUSION_DATA"):
+            item.add_marker(WITHOUT_DATA)
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: -LONG.get(item.originalname, 0))
 
 
 def pytest_runtest_logreport(report):

@@ -1,7 +1,10 @@
 """`nbdev_test` with the pages in a shuffled order; it also fails for a page that leaves its process changed.
 
-    python tests/guard.py SEED [WORKERS [PATH]]    without number or with "default" as many workers as nbdev_test takes by itself
+python tests/guard.py SEED [WORKERS [PATH]]
+
+Without WORKERS, or with "default", it starts as many workers as nbdev_test does by itself.
 """
+
 import ctypes
 import gc
 import logging
@@ -49,25 +52,32 @@ def meanings():
     "What the names of all modules, and of the project's classes, stand for."
     found = {}
     for name, module in sys.modules.items():
-        if name == "__main__" or not isinstance(module, types.ModuleType): continue
+        if name == "__main__" or not isinstance(module, types.ModuleType):
+            continue
         ours = name.startswith("vae_diffusion")
         classes = [v for v in vars(module).values() if ours and isinstance(v, type) and v.__module__ == name]
         for owner in [module, *classes]:
             for attribute, value in list(vars(owner).items()):
-                if attribute == "_backend_mod": continue  # matplotlib's, made anew when the same one is chosen
-                if issubclass(type(value), FIXED): found[name, owner.__name__, attribute] = id(value)
-                elif ours and not attribute.startswith("__"): found[name, owner.__name__, attribute] = repr(value)
+                if attribute == "_backend_mod":
+                    continue  # matplotlib's, made anew when the same one is chosen
+                if issubclass(type(value), FIXED):
+                    found[name, owner.__name__, attribute] = id(value)
+                elif ours and not attribute.startswith("__"):
+                    found[name, owner.__name__, attribute] = repr(value)
     return found
 
 
 class MallInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in
-                "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+    ]
 
 
 def gives_back():
     "Whether a block that is larger than any free one goes back to the system as soon as it is free."
-    if not hasattr(glibc, "mallinfo2"): return None
+    if not hasattr(glibc, "mallinfo2"):
+        return None
     glibc.mallinfo2.restype = MallInfo
     before, _ = glibc.mallinfo2().hblks, torch.empty(2**28)
     return glibc.mallinfo2().hblks > before
@@ -83,20 +93,34 @@ def state():
     switches = torch.get_num_threads, torch.get_default_dtype, torch.get_float32_matmul_precision, torch.is_grad_enabled
     limits = [name for name in dir(resource) if name.startswith("RLIMIT_")]
     return {
-        "environment": dict(os.environ), "working folder": os.getcwd(), "umask": mask, "temporary folder": here,
-        "temporary files": dict.fromkeys(os.listdir(here)), "files of the project": files(),
+        "environment": dict(os.environ),
+        "working folder": os.getcwd(),
+        "umask": mask,
+        "temporary folder": here,
+        "temporary files": dict.fromkeys(os.listdir(here)),
+        "files of the project": files(),
         "open files": dict.fromkeys(f.path for f in process.open_files() if ".venv" not in f.path),
         "processes": dict.fromkeys(p.pid for p in process.children()),
         "threads": dict.fromkeys(t.name for t in threading.enumerate() if type(t).__name__ not in OTHERS),
-        "random numbers": {"random": random.getstate(), "numpy": repr(np.random.get_state()),
-                           "torch": torch.get_rng_state().tolist()},
-        "PyTorch": {f.__name__: f() for f in switches}, "NumPy": {**np.geterr(), **np.get_printoptions()},
-        "pandas": repr(pd._config.config._global_config), "memory": gives_back(),
-        "matplotlib": dict(plt.rcParams), "open figures": plt.get_fignums(),
-        "signals": {s.name: signal.getsignal(s) for s in signal.Signals}, "timer": signal.getitimer(signal.ITIMER_REAL),
+        "random numbers": {
+            "random": random.getstate(),
+            "numpy": repr(np.random.get_state()),
+            "torch": torch.get_rng_state().tolist(),
+        },
+        "PyTorch": {f.__name__: f() for f in switches},
+        "NumPy": {**np.geterr(), **np.get_printoptions()},
+        "pandas": repr(pd._config.config._global_config),
+        "memory": gives_back(),
+        "matplotlib": dict(plt.rcParams),
+        "open figures": plt.get_fignums(),
+        "signals": {s.name: signal.getsignal(s) for s in signal.Signals},
+        "timer": signal.getitimer(signal.ITIMER_REAL),
         "limits": {name: resource.getrlimit(getattr(resource, name)) for name in limits},
-        "logging": {name: (log.level, log.disabled) for name, log in loggers.items()} | {"all": logging.root.manager.disable},
-        "progress bars": diffusers_logging.is_progress_bar_enabled(), "names": meanings()}
+        "logging": {name: (log.level, log.disabled) for name, log in loggers.items()}
+        | {"all": logging.root.manager.disable},
+        "progress bars": diffusers_logging.is_progress_bar_enabled(),
+        "names": meanings(),
+    }
 
 
 def differences(before, after):
@@ -107,13 +131,15 @@ def differences(before, after):
         if isinstance(old, dict):
             keys = old if late else old | new
             changed = [k for k in keys if old.get(k, "none") != new.get(k, "none")]
-        else: changed = [f"{old} before, {new} after"] * (old != new)
-        if changed: said.append(f"  {what}: {', '.join(map(str, changed[:9]))}"[:500])
+        else:
+            changed = [f"{old} before, {new} after"] * (old != new)
+        if changed:
+            said.append(f"  {what}: {', '.join(map(str, changed[:9]))}"[:500])
     return said
 
 
 def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
-    "Runs the cells of a page; fails if they leave the process changed. Its threads and processes may take a moment to end."
+    "Runs the cells of a page; fails if they leave the process changed. Its threads and processes have a moment to end."
     if not tempfile.tempdir.endswith(str(os.getpid())):  # a folder for each worker
         os.environ["TMPDIR"] = tempfile.tempdir = f"{tempfile.tempdir}/{os.getpid()}"
         os.mkdir(tempfile.tempdir)
@@ -122,16 +148,18 @@ def guarded(shell, *args, run_all=CaptureShell.run_all, **options):
     shell.reset(new_session=False)
     said, end = differences(before, state()), time.monotonic() + 1.5
     while any(s.startswith(("  threads", "  processes")) for s in said) and time.monotonic() < end:
-        time.sleep(.1)
+        time.sleep(0.1)
         said = differences(before, state())
-    if not said: return
+    if not said:
+        return
     shell.exc = AssertionError("\n".join(["the page leaves the process changed:", *said]))
     raise shell.exc
 
 
 def main(seed, workers="default", path=None):
     with tempfile.TemporaryDirectory() as tempfile.tempdir:
-        if path: WATCHED.append(path)
+        if path:
+            WATCHED.append(path)
         CaptureShell.run_all = guarded
         gc.collect()
         gc.freeze()  # what all pages import is not searched again for each
@@ -139,4 +167,5 @@ def main(seed, workers="default", path=None):
         nbdev.test.nbdev_test(path, n_workers=None if workers == "default" else int(workers), do_print=True)
 
 
-if __name__ == "__main__": main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])

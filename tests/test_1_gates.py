@@ -1,5 +1,7 @@
 "What must be true of the files themselves."
+
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -18,7 +20,13 @@ from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
 EXPERIMENTS = [p for p in PAGES if p.startswith("nbs/experiments/")]
-FOLDERS = "core", "method", "metrics", "harness", "benchmark" # of the pages that define, in the order in which they may import
+FOLDERS = (
+    "core",
+    "method",
+    "metrics",
+    "harness",
+    "benchmark",
+)  # of the pages that define, in the order in which they may import
 
 
 def cells(page, kind="code"):
@@ -27,7 +35,10 @@ def cells(page, kind="code"):
 
 def defined(folder):
     "The modules that the pages of a folder define, in the order of the pages."
-    return ["".join(cells(page)[0]["source"]).split()[2].removesuffix(".__init__") for page in tracked(f"nbs/{folder}/*.ipynb")]
+    return [
+        "".join(cells(page)[0]["source"]).split()[2].removesuffix(".__init__")
+        for page in tracked(f"nbs/{folder}/*.ipynb")
+    ]
 
 
 def file_of(module):
@@ -47,14 +58,16 @@ def test_tree_is_clean():
 @pytest.mark.parametrize("kind", ["archive", "of another user"])
 def test_the_tests_run_in_every_copy(kind, tmp_path):
     "In an unpacked archive, without git's folder, and in a checkout that belongs to somebody else."
-    if kind == "of another user" and os.geteuid(): pytest.skip("only the superuser can give a folder away")
+    if kind == "of another user" and os.geteuid():
+        pytest.skip("only the superuser can give a folder away")
     copy = tmp_path / "copy"
     for f in tracked("."):
         (copy / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, copy / f)
     if kind == "of another user":
         run("git", "init", "--quiet", copy)
-        for f in [copy, *copy.rglob("*")]: os.chown(f, 65534, 65534)
+        for f in [copy, *copy.rglob("*")]:
+            os.chown(f, 65534, 65534)
     collect = [sys.executable, "-m", "pytest", "-q", "--collect-only", "tests/test_1_gates.py"]
     found = subprocess.run(collect, cwd=copy, capture_output=True, text=True)
     assert not found.returncode and "test_page[nbs/core/01_paths.ipynb]" in found.stdout, found.stdout + found.stderr
@@ -74,23 +87,75 @@ def test_clean_and_export_change_nothing(tmp_path):
 def test_parameters_cell_agrees_with_settings(page):
     from vae_diffusion.harness.execution import parameters_cell
     from vae_diffusion.harness.settings import Settings, collect_settings
+
     tagged = [c for c in cells(page) if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == 1, f"{page}: {len(tagged)} cells are tagged 'parameters', there must be one"
     lines = "".join(tagged[0]["source"]).splitlines()
-    assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), f"{page}: one plain parameter a line, with a comment"
+    assert all(re.match(r"[a-z_0-9]+ = \S.* # .+", line) for line in lines), (
+        f"{page}: one plain parameter a line, with a comment"
+    )
     exec("".join(tagged[0]["source"]), names := {})
     del names["__builtins__"]
     assert collect_settings(names) == Settings(), f"{page}: defaults differ from Settings"
     declared = parameters_cell(Path(page).stem)
-    assert "".join(tagged[0]["source"]) == declared, f"{page}: its parameters cell is not the declared one: run `make parameters`"
+    assert "".join(tagged[0]["source"]) == declared, (
+        f"{page}: its parameters cell is not the declared one: run `make parameters`"
+    )
 
 
 @pytest.mark.parametrize("file", tracked("nbs/experiments/params/*.yaml"))
 def test_params_are_settings(file):
     from vae_diffusion.harness.settings import load_params
+
     names = yaml.safe_load((ROOT / file).read_text())
     assert load_params(names["dataset"], names["scale"])
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
+
+
+WIDTH = 120  # columns
+CODE = "tests/*.py", "tests/*.toml", "workflow/*", ".ci/run", "Makefile", "vae_diffusion/*.py", "nbs/*.ipynb"
+MADE_BY_NBDEV = "vae_diffusion/_modidx.py"
+QUOTES = re.compile(r"(before|after) = |__all__ = ")  # a line of another file, or what nbdev writes
+
+
+def lines_of_code(file):
+    "Where each line of code in a file stands, and the line: in a page, the cell and the line within it."
+    if not file.endswith(".ipynb"):
+        return [(f"{file}:{i}", line) for i, line in enumerate((ROOT / file).read_text().splitlines(), 1)]
+    found = []
+    for number, cell in enumerate(json.loads((ROOT / file).read_text())["cells"], 1):
+        if cell["cell_type"] == "code":
+            lines = "".join(cell["source"]).splitlines()
+            found += [(f"{file}:cell {number}:{i}", line) for i, line in enumerate(lines, 1)]
+    return found
+
+
+def test_lines_are_narrow():
+    files = [f for pattern in CODE for f in tracked(pattern) if f != MADE_BY_NBDEV]
+    wide = [at for f in files for at, line in lines_of_code(f) if len(line) > WIDTH and not QUOTES.match(line)]
+    assert not wide, f"more than {WIDTH} columns: {', '.join(wide)}"
+
+
+VERBS_IN_S = "Pass", "Express", "Compress", "Process", "Access", "Focus", "Discuss"
+NO_VERBS = "A", "An", "The", "All", "Each", "Every", "How", "No", "One", "What", "Where", "Whether", "Which"
+
+
+def is_imperative(docstring):
+    "Whether a docstring may begin with a verb in the imperative: no article, no third person, a capital letter."
+    first = docstring.split()[0].strip(".,:;`")
+    third_person = first.endswith("s") and first not in VERBS_IN_S
+    return first[:1].isupper() and first not in NO_VERBS and not third_person
+
+
+def test_docstrings_of_functions_begin_with_a_verb():
+    "Those of everything that the library exports."
+    wrong = []
+    for file in tracked("vae_diffusion/*.py"):
+        for node in ast.walk(ast.parse((ROOT / file).read_text())):
+            text = ast.get_docstring(node) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+            if text and not is_imperative(text):
+                wrong.append(f"{file}:{node.lineno} {node.name}: {text.splitlines()[0]}")
+    assert not wrong, "docstrings that do not begin with a verb in the imperative: " + "; ".join(wrong)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -98,24 +163,42 @@ def test_page(page):
     assert os.path.getsize(ROOT / page) < 300_000, "a page stays under 300 KB"
     text = (ROOT / page).read_text()
     outputs = [o for c in cells(page) for o in c["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], "stored errors or warnings"
-    assert "application/vnd.jupyter.widget" not in text and not re.search(r"/(root|home|Users)/", text), "stored widgets, or paths of one machine"
+    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], (
+        "stored errors or warnings"
+    )
+    assert "application/vnd.jupyter.widget" not in text and not re.search(r"/(root|home|Users)/", text), (
+        "stored widgets, or paths of one machine"
+    )
     first = "".join(cells(page, "markdown")[0]["source"])
     assert re.match(r"# .+\n\n> .+", first), "a page starts with a title and one line that describes it"
+
+
+def imported(module):
+    "The modules of the library that one of them imports."
+    file, name, found = file_of(module), f"vae_diffusion.{module}", set()
+    package = name if file.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(file.read_text())):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        base = node.module or ""
+        if node.level:
+            base = importlib.util.resolve_name("." * node.level + base, package)
+        if base.startswith("vae_diffusion"):
+            found |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return {each.removeprefix("vae_diffusion.") for each in found} & set(ORDER) - {module}
 
 
 def test_imports_point_one_way():
     "Folder by folder, and within a folder in the order of the pages' numbers."
     for i, module in enumerate(ORDER):
-        used = set()
-        for n in ast.walk(ast.parse(file_of(module).read_text())):
-            if not isinstance(n, ast.ImportFrom) or not (n.level or (n.module or "").startswith("vae_diffusion")): continue
-            package = "vae_diffusion." + module if file_of(module).stem == "__init__" else ("vae_diffusion." + module).rpartition(".")[0]
-            base = ".".join(package.split(".")[:len(package.split(".")) - n.level + 1] + [n.module or ""][:bool(n.module)]) if n.level else n.module
-            used |= {m for name in n.names for m in ((f"{base}.{name.name}".removeprefix("vae_diffusion.")), base.removeprefix("vae_diffusion.")) if m in ORDER and m != module}
-        assert used <= set(ORDER[:i]), f"{module} imports {used - set(ORDER[:i])}"
+        late = imported(module) - set(ORDER[:i])
+        assert not late, f"{module} imports {late}"
     packages = {f"vae_diffusion/{m.split('.')[0]}/__init__.py" for m in ORDER if "." in m}
-    made = {file_of(m).relative_to(ROOT).as_posix() for m in ORDER} | packages | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"}
+    made = (
+        {file_of(m).relative_to(ROOT).as_posix() for m in ORDER}
+        | packages
+        | {"vae_diffusion/__init__.py", "vae_diffusion/_modidx.py"}
+    )
     assert made == set(tracked("vae_diffusion/*.py"))
 
 
@@ -125,52 +208,72 @@ def test_readme_is_made_from_index(tmp_path):
     kernel.parent.mkdir(parents=True)
     kernel.write_text('{"argv": ["false", "{connection_file}"], "display_name": "Python 3", "language": "python"}')
     own = {"HOME": str(tmp_path), "JUPYTER_PREFER_ENV_PATH": "0", "JUPYTER_PATH": str(kernel.parents[2])}
-    made = f"README={tmp_path/'README.md'}", f"PAGE={tmp_path/'index.ipynb'}"
+    made = f"README={tmp_path / 'README.md'}", f"PAGE={tmp_path / 'index.ipynb'}"
     run("make", "--no-print-directory", "readme", *made, env=os.environ | own)
     for made in "README.md", "nbs/index.ipynb":
-        assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), f"{made} and data/results disagree: run `make readme`"
+        assert (tmp_path / made.split("/")[-1]).read_text() == (ROOT / made).read_text(), (
+            f"{made} and data/results disagree: run `make readme`"
+        )
 
 
 @pytest.mark.parametrize("file", tracked("data/weights/*/pipeline.py"))
 def test_code_beside_published_weights_is_the_librarys(file):
     from vae_diffusion import pipelines
     from vae_diffusion.core import files
-    assert (ROOT / file).read_text() == pipelines.pipeline_code(), f"{file} is not what `pipelines.save_pipeline` writes now"
+
+    assert (ROOT / file).read_text() == pipelines.pipeline_code(), (
+        f"{file} is not what `pipelines.save_pipeline` writes now"
+    )
     files.verify_folder((ROOT / file).parent)
 
 
 def test_studies_page_shows_every_study():
     text = (ROOT / "nbs/harness/13_studies.ipynb").read_text()
-    for file in tracked("nbs/experiments/studies/*.yaml"): assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
+    for file in tracked("nbs/experiments/studies/*.yaml"):
+        assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
 
 
 @pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
 def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     from vae_diffusion.benchmark import report
     from vae_diffusion.harness import figures, settings, studies, style
+
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    if name.startswith("bench-"): drawn = report.benchmark_figures(table)
-    elif "variant" in table: name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.study_figures(table, name)
-    else: drawn = figures.figures_from_results(table, settings.load_params(*name.rsplit("-", 1)))
+    if name.startswith("bench-"):
+        drawn = report.benchmark_figures(table)
+    elif "variant" in table:
+        name, drawn = f"{table.dataset[0]}-{table.scale[0]}", studies.study_figures(table, name)
+    else:
+        drawn = figures.figures_from_results(table, settings.load_params(*name.rsplit("-", 1)))
     for figure, fig in drawn.items():
         style.save_figure(fig, tmp_path, figure)
         plt.close(fig)
-        assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), f"figures/{name}/{figure}.svg is not what {csv} shows"
+        assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), (
+            f"figures/{name}/{figure}.svg is not what {csv} shows"
+        )
 
 
 @pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if "/bench-" not in f])
 def test_published_results_belong_to_the_parameters(csv):
     from vae_diffusion.harness import results, settings, studies
+
     name, table = csv.split("/")[-1].removesuffix(".csv"), pd.read_csv(ROOT / csv, dtype={"config": str})
-    grid = [r for _, r in studies.load_study(name).runs()] if "variant" in table else results.grid(settings.load_params(*name.rsplit("-", 1)))
+    grid = (
+        [r for _, r in studies.load_study(name).runs()]
+        if "variant" in table
+        else results.grid(settings.load_params(*name.rsplit("-", 1)))
+    )
     stale = set(table.config) - {r.digest for r in grid}
     assert not stale, f"{csv} holds runs of other parameters than {name} has now: {stale}"
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):
     from vae_diffusion.harness import figures, studies, style
+
     style.save_figure(figures.forest_plot(studies.complete_comparisons(), figures.OVERVIEW), tmp_path, "overview")
-    assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), "figures/overview.svg is not what data/results shows"
+    assert (tmp_path / "overview.svg").read_text() == (ROOT / "figures/overview.svg").read_text(), (
+        "figures/overview.svg is not what data/results shows"
+    )
 
 
 def declared():
@@ -183,7 +286,8 @@ def test_lower_bounds_are_versions_that_were_tried():
     "By `make oldest`, which takes too long for here."
     lines = (ROOT / "requirements-oldest.txt").read_text().splitlines()
     tried = dict(line.split("==") for line in lines if line[0] != "#")
-    for r in declared(): assert str(r.specifier) == f">={tried[r.name]}", f"{r}: requirements-oldest.txt has {tried[r.name]}"
+    for r in declared():
+        assert str(r.specifier) == f">={tried[r.name]}", f"{r}: requirements-oldest.txt has {tried[r.name]}"
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_imported():
@@ -191,11 +295,30 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported():
     sources = [(ROOT / f).read_text() for f in tracked("vae_diffusion/*.py")]
     sources += ["".join(c["source"]) for page in EXPERIMENTS for c in cells(page)]
     imports = [n for s in sources for n in ast.walk(ast.parse(s)) if isinstance(n, (ast.Import, ast.ImportFrom))]
-    modules = [n.module if isinstance(n, ast.ImportFrom) else a.name for n in imports for a in n.names if not getattr(n, "level", 0)]
+    modules = [
+        n.module if isinstance(n, ast.ImportFrom) else a.name
+        for n in imports
+        for a in n.names
+        if not getattr(n, "level", 0)
+    ]
     found = {m.split(".")[0] for m in modules} - {*sys.stdlib_module_names, "vae_diffusion"}
     found -= {"pythae", "pytorch_msssim", "torchmetrics"}  # rivals of `make bench`, which installs them
     names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}
     assert {names.get(m, m) for m in found} == {r.name for r in declared()}
+
+
+IMPORT_ALL = """
+import importlib, sys
+sys.modules["nbdev"] = None
+sys.path.insert(0, {site!r})
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+from vae_diffusion import data
+from vae_diffusion.core import paths
+for module in {modules}: importlib.import_module("vae_diffusion." + module)
+assert paths.__file__.startswith({site!r}), paths.__file__
+assert paths.root() == paths.cache()
+print(len(data.load("digits").train))
+"""
 
 
 def test_wheel_works_without_the_checkout(tmp_path):
@@ -204,8 +327,20 @@ def test_wheel_works_without_the_checkout(tmp_path):
         (source / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, source / f)
     run("python", "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, source)
-    run("python", "-m", "pip", "install", "--quiet", "--no-index", "--disable-pip-version-check", "--no-deps", "--target", tmp_path / "site", *tmp_path.glob("*.whl"))
-    code = (f"import sys; sys.modules['nbdev'] = None; sys.path.insert(0, {str(tmp_path/'site')!r}); sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
-            f"import importlib; from vae_diffusion import data; from vae_diffusion.core import paths; [importlib.import_module('vae_diffusion.' + m) for m in {ORDER}]; assert str(paths.__file__).startswith({str(tmp_path)!r}), paths.__file__; "
-            "assert paths.root() == paths.cache(); print(len(data.load('digits').train))")
-    assert run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"
+    run(
+        "python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-index",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--target",
+        tmp_path / "site",
+        *tmp_path.glob("*.whl"),
+    )
+    code = IMPORT_ALL.format(site=str(tmp_path / "site"), modules=ORDER)
+    assert (
+        run("python", "-c", code, env=os.environ | {"VAE_DIFFUSION_CACHE": str(tmp_path / "cache")}).strip() == "1437"
+    )

@@ -1,4 +1,5 @@
 "The experiments, at smoke scale: alone, through the workflow, killed, and with bad parameters."
+
 import os
 import shutil
 import signal
@@ -16,44 +17,71 @@ PAPERMILL = "papermill", "--log-level", "ERROR", "--no-progress-bar", "-k", "pyt
 def execute(folder, *stages, **parameters):
     "Runs stages one after the other as the workflow does."
     from vae_diffusion.harness import identity, settings
-    for stage in stages: forks.execute(identity.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
+
+    for stage in stages:
+        forks.execute(identity.Run(stage, settings.Settings(**parameters)), folder / f"{stage}.log")
 
 
 def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
-    run(*PAPERMILL, "-p", "method", "dmaapx", "-p", "n_train", "300", "-y", "gaps_at: [1]", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
+    process = forked("measure_gaps", tmp_path / "out.ipynb", {"method": "dmaapx", "n_train": 300, "gaps_at": [1]})
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "out.log").read_text()
     folder = smoke / "digits-smoke"
-    assert {f.parent.name.split("-")[0] for f in folder.glob("*/metrics.csv")} == {"sample_bank", "train_vae", "measure_gaps"}
+    done = {f.parent.name.split("-")[0] for f in folder.glob("*/metrics.csv")}
+    assert done == {"sample_bank", "train_vae", "measure_gaps"}
     table = pd.read_csv(*folder.glob("measure_gaps-*/metrics.csv"))
-    assert table[table.metric == "amortization_gap"].epoch.tolist() == [1, 2] and set(table[table.metric == "iwae_test"].epoch) == {2}
+    assert table[table.metric == "amortization_gap"].epoch.tolist() == [1, 2]
+    assert set(table[table.metric == "iwae_test"].epoch) == {2}
 
 
 def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
     from vae_diffusion import pipelines
     from vae_diffusion.core import paths
     from vae_diffusion.harness import studies
+
     execute(tmp_path, "train_diffusion", "sample_bank", weights="trained", dm_images=1000)
     shutil.copytree(paths.results(), tmp_path / "results")
-    for place, folder in {"results": "results", "weights": "weights", "figures": "figures"}.items(): monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
-    studies.publish_study(studies.Study("digits-toy", "digits", "smoke", ("train_diffusion", "sample_bank"), {"shorter": {"weights": "trained", "dm_images": 1000}}, {"method": ["dmaapx"]}))
+    for place, folder in {"results": "results", "weights": "weights", "figures": "figures"}.items():
+        monkeypatch.setattr(paths, place, lambda folder=tmp_path / folder: folder)
+    studies.publish_study(
+        studies.Study(
+            "digits-toy",
+            "digits",
+            "smoke",
+            ("train_diffusion", "sample_bank"),
+            {"shorter": {"weights": "trained", "dm_images": 1000}},
+            {"method": ["dmaapx"]},
+        )
+    )
     assert pipelines.load_pipeline(tmp_path / "weights/digits-toy").shape == (1, 8, 8)
-    assert set(studies.load_published_study("digits-toy").method) == {"train_diffusion", "sample_bank"} and not (tmp_path / "weights/digits").exists()
+    assert (
+        set(studies.load_published_study("digits-toy").method) == {"train_diffusion", "sample_bank"}
+        and not (tmp_path / "weights/digits").exists()
+    )
 
 
 def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
     from vae_diffusion.harness import identity, settings
+
     execute(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
-    forks.execute(identity.Run("train_vae", identity.reference_settings(settings.Settings())), tmp_path / "reference.log")
+    forks.execute(
+        identity.Run("train_vae", identity.reference_settings(settings.Settings())), tmp_path / "reference.log"
+    )
     execute(tmp_path, "measure_diffusion", weights="trained", dm_images=1500, dm_snapshots=2)
     table = pd.concat([pd.read_csv(f) for f in smoke.glob("digits-smoke/measure_diffusion-*/metrics.csv")])
-    assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx([750 / 1437, 1500 / 1437], rel=1e-4)
+    assert sorted(table[table.metric == "two_sample_sample"].epoch) == pytest.approx(
+        [750 / 1437, 1500 / 1437], rel=1e-4
+    )
     assert table[table.metric == "two_sample_test"].epoch.isna().all()
 
 
 def test_every_study_can_be_run(smoke, tries):
-    "The runs of all are made; the workflow plans those of one study for every sequence of experiments, in `make stress` all."
+    "The runs of all are made. The workflow plans one study for every sequence of experiments; in `make stress` all."
     from vae_diffusion.harness import studies
+
     found = [studies.load_study(f.stem) for f in sorted((ROOT / "nbs/experiments/studies").glob("*.yaml"))]
-    for study in found: assert study.name.startswith(study.dataset + "-") and study.runs()
+    for study in found:
+        assert study.name.startswith(study.dataset + "-") and study.runs()
     planned = tries({study.stages: study for study in found}.values(), found)
     for study in planned:
         options = "--dry-run", "--nolock", "--forceall", "--quiet", "rules", "--config", f"study={study.name}"
@@ -65,17 +93,23 @@ def test_every_study_can_be_run(smoke, tries):
 def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, monkeypatch, cut, record):
     "One grid: stopped after its first run, then with a run that fails, then without a network. Nothing is done twice."
     from vae_diffusion.harness import results, settings
+
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     command, folder = ("make", "--no-print-directory", "reproduce", "SCALE=smoke"), tmp_path / "digits-smoke"
     times = lambda: {f: f.stat().st_mtime_ns for f in folder.glob("*/metrics.csv")}
-    make = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not times(): assert make.poll() is None and not time.sleep(.05)
+    make = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not times():
+        assert make.poll() is None and not time.sleep(0.05)
     os.killpg(make.pid, signal.SIGINT)
     assert make.wait(60)
     caught = times()
 
     wish = lambda r: (r.stage, r.settings.method, r.settings.k)
-    bad = next(r for r in results.grid(settings.load_params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1))
+    bad = next(
+        r for r in results.grid(settings.load_params("digits", "smoke")) if wish(r) == ("train_vae", "dmaapx", 1)
+    )
     assert not bad.done, "it was interrupted too late"
     bad.folder.mkdir(parents=True, exist_ok=True)
     (bad.folder / "config.json").write_text("{}")
@@ -91,41 +125,66 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
     assert "| Normal |" in said and "| DMaaPx |" in said and bad.done
     assert others.items() < times().items(), "finished runs were run again"
     table = pd.read_csv(folder / "results.csv")
-    assert {"elbo_train", "elbo_test", "elbo_test_best", "elbo_star_test", "generalization_gap", "amortization_gap", "robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "iwae_test"} <= set(table.metric)
+    assert {
+        "elbo_train",
+        "elbo_test",
+        "elbo_test_best",
+        "elbo_star_test",
+        "generalization_gap",
+        "amortization_gap",
+        "robustness_gap",
+        "ms_ssim_input",
+        "ms_ssim_reconstruction",
+        "iwae_test",
+    } <= set(table.metric)
     assert set(table.method) == {"normal", "dmaapx", "sample_bank"} and set(table.k.dropna()) == {1, 2}
     assert "<html" in (folder / "report.html").read_text()
-    if cut: record("no network after the installation", 1, "make reproduce runs")
+    if cut:
+        record("no network after the installation", 1, "make reproduce runs")
 
 
 def test_killed_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
-    "By a signal that no process can refuse; a new kernel goes on."
-    wish, numbers = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}, []
-    command = [*PAPERMILL, *(x for k, v in wish.items() for x in ("-y", f"{k}: {v}")), "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb"]
-    for name, kill in ("whole", False), ("killed", True):
-        monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / name))
-        if kill:
-            process = forked("train_vae", tmp_path / "killed.ipynb", wish)
-            deadline = time.monotonic() + 120
-            while not list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline: time.sleep(.05)
-            process.kill()
-            process.join()
-            assert list((tmp_path / name).glob("*/*/checkpoint.safetensors")) and not list((tmp_path / name).glob("*/*/metrics.csv")), "the run was not caught at work"
-            run(*command)
-        else: forked("train_vae", tmp_path / "whole.ipynb", wish).join()
-        numbers.append(pd.read_csv(*(tmp_path / name).glob("*/*/metrics.csv")).drop(columns=["seconds"]))
-    pd.testing.assert_frame_equal(*numbers, check_exact=True)
+    "By a signal that no process can refuse; a new kernel resumes it."
+    wish = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(whole))
+    forked("train_vae", tmp_path / "whole.ipynb", wish).join()
+
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(killed))
+    process = forked("train_vae", tmp_path / "killed.ipynb", wish)
+    deadline = time.monotonic() + 120
+    while not list(killed.glob("*/*/checkpoint.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    assert list(killed.glob("*/*/checkpoint.safetensors")), "the run was killed before its first checkpoint"
+    assert not list(killed.glob("*/*/metrics.csv")), "the run had ended before it was killed"
+    parameters = [part for name, value in wish.items() for part in ("-y", f"{name}: {value}")]
+    run(*PAPERMILL, *parameters, "nbs/experiments/train_vae.ipynb", tmp_path / "killed.ipynb")
+
+    tables = [pd.read_csv(*folder.glob("*/*/metrics.csv")).drop(columns="seconds") for folder in (whole, killed)]
+    pd.testing.assert_frame_equal(*tables, check_exact=True)
 
 
 def test_a_run_started_three_times_at_once_is_trained_once(smoke, tmp_path):
     outs = [tmp_path / f"{i}.ipynb" for i in range(3)]
     processes = [forked("train_vae", out, {"epochs": 150}) for out in outs]
-    for p in processes: p.join()
+    for p in processes:
+        p.join()
     assert [p.exitcode for p in processes] == [0, 0, 0]
     assert len(list(smoke.glob("*/*/metrics.csv"))) == 1
     assert sum("Another process works in" in out.read_text() for out in outs) == 2
 
 
-@pytest.mark.parametrize("name, value, message", [("methd", "dmaapx", "did you mean method"), ("method", "oracle", "choose one of normal"), ("epochs", -1, "must lie between"), ("dataset", "svhn", "choose one of digits")])
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("methd", "dmaapx", "did you mean method"),
+        ("method", "oracle", "choose one of normal"),
+        ("epochs", -1, "must lie between"),
+        ("dataset", "svhn", "choose one of digits"),
+    ],
+)
 def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value, message):
     process = forked("train_vae", tmp_path / "out.ipynb", {name: value})
     process.join()
@@ -135,6 +194,15 @@ def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value
 @pytest.mark.data
 @pytest.mark.parametrize("dataset", ["binary_mnist", "fashion_mnist", "cifar10"])
 def test_real_data_sets_from_diffusion_to_gaps(smoke, tmp_path, dataset):
-    run(*PAPERMILL, "-p", "method", "dmaapx", "-f", f"nbs/experiments/params/{dataset}-smoke.yaml", "nbs/experiments/measure_gaps.ipynb", tmp_path / "out.ipynb")
+    run(
+        *PAPERMILL,
+        "-p",
+        "method",
+        "dmaapx",
+        "-f",
+        f"nbs/experiments/params/{dataset}-smoke.yaml",
+        "nbs/experiments/measure_gaps.ipynb",
+        tmp_path / "out.ipynb",
+    )
     done = {f.parent.name.split("-")[0] for f in (smoke / f"{dataset}-smoke").glob("*/metrics.csv")}
     assert done == {"train_diffusion", "sample_bank", "train_vae", "measure_gaps"}

@@ -1,4 +1,5 @@
-"What people do to a checkout, and have in their environment: make goes on, or says what is wrong in a line."
+"What people do to a checkout and have in their environment: make works, or says in a line what is wrong."
+
 import os
 import shutil
 import signal
@@ -83,7 +84,8 @@ def test_line_endings_of_a_users_git(copy):
 
 
 def test_folders_that_are_links_to_another_disk(copy):
-    for name in "runs", "build", ".venv", ".snakemake": (copy / name).symlink_to(copy.parent)
+    for name in "runs", "build", ".venv", ".snakemake":
+        (copy / name).symlink_to(copy.parent)
     assert run("git", "-C", copy, "status", "--porcelain") == ""
 
 
@@ -91,8 +93,15 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
     (tmp_path / ".jupyter").mkdir()
     (tmp_path / ".jupyter/jupyter_server_config.py").write_text("c.ServerApp.ip = '0.0.0.0'\n")
     own = os.environ | {"HOME": str(tmp_path), "BROWSER": "true"}
-    lab = subprocess.Popen(["make", "lab"], cwd=ROOT, env=own, start_new_session=True, text=True,
-                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    lab = subprocess.Popen(
+        ["make", "lab"],
+        cwd=ROOT,
+        env=own,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     late = threading.Timer(120, os.killpg, (lab.pid, signal.SIGKILL))
     late.start()
     address = next((line for line in lab.stdout if "http://" in line), "")
@@ -106,8 +115,19 @@ def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypat
     "The command of nbs/reproduce.ipynb; the profile here only plans the runs."
     (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
-    process = snakemake("--snakefile", "workflow/Snakefile", "--profile", tmp_path, "--nolock",
-                        "--config", "dataset=binary_mnist", "scale=paper", "--", "report", said=(tmp_path / "said").open("w"))
+    process = snakemake(
+        "--snakefile",
+        "workflow/Snakefile",
+        "--profile",
+        tmp_path,
+        "--nolock",
+        "--config",
+        "dataset=binary_mnist",
+        "scale=paper",
+        "--",
+        "report",
+        said=(tmp_path / "said").open("w"),
+    )
     process.join()
     said = (tmp_path / "said").read_text()
     assert not process.exitcode and "report" in said and "run" in said, said

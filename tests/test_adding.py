@@ -1,4 +1,4 @@
-"The additions on the page `nbs/adding.ipynb` are applied to a copy of the project, and run through to tables, figures and claims."
+"The additions of `nbs/adding.ipynb` are applied to a copy of the project, and reach tables, figures and claims."
 import json
 import os
 import re
@@ -16,13 +16,14 @@ DIFFS = re.findall(r"```diff\n(.*?)```", "".join(
 
 
 def changes(diff):
-    "Splits a diff into its files: path -> hunks, each the lines before and the lines after; a new file has none before."
+    "Splits a diff: path -> hunks, each the lines before and the lines after; a new file has none before."
     found = {}
     for part in re.split(r"^--- .*\n", diff, flags=re.M)[1:]:
         name, body = part.split("\n", 1)
         hunks = [hunk.splitlines() for hunk in body.split("@@\n")]
-        found[name.removeprefix("+++ ")] = [
-            ([line[1:] for line in hunk if line[0] != "+"], [line[1:] for line in hunk if line[0] != "-"]) for hunk in hunks]
+        before = [[line[1:] for line in hunk if line[0] != "+"] for hunk in hunks]
+        after = [[line[1:] for line in hunk if line[0] != "-"] for hunk in hunks]
+        found[name.removeprefix("+++ ")] = [*zip(before, after)]
     return found
 
 

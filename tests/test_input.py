@@ -1,4 +1,5 @@
 "What users give to the library beyond what one page can show: other programs, and other states of the process."
+
 import subprocess
 import sys
 
@@ -88,7 +89,7 @@ def diffusion_model(folder):
         net = diffusion.unet(8, 1, (8, 8))
     recipe = Recipe(batch=20, warmup_images=0)
     net, curve = diffusion_training.train(net, digits.train, 17, recipe, 60, folder, progress=False)
-    return [*net.parameters(), diffusion.nll_bound(diffusion.Denoiser(net), digits.test[:6], 17, .1, 40., 2)]
+    return [*net.parameters(), diffusion.nll_bound(diffusion.Denoiser(net), digits.test[:6], 17, 0.1, 40.0, 2)]
 
 
 def pipeline(solver):
@@ -108,16 +109,24 @@ def robustness():
 
 
 calls = dict(
-    likelihoods=lambda folder: likelihoods(), robustness=lambda folder: robustness(), diffusion=diffusion_model, bank=bank,
+    likelihoods=lambda folder: likelihoods(),
+    robustness=lambda folder: robustness(),
+    diffusion=diffusion_model,
+    bank=bank,
     normal=lambda folder: fitted(sources.training_source("normal", digits, 0)),
     augmented=lambda folder: fitted(sources.training_source("aug_naive", digits, 0)),
     elbo=lambda folder: [metrics.elbo(vae(), digits.test[:9], 17, 2), metrics.iwae(vae(), digits.test[:9], 17, 3)],
     amortization=lambda folder: [(g := metrics.amortization_gap(vae(), digits.test[:9], 17, 3, final=4)).gap, g.trace],
     generalization=lambda folder: [torch.tensor(metrics.generalization_gap([1, 2, 4], [2, 3]), dtype=torch.float64)],
-    augment=lambda folder: [augment.augmentation("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), rng.generator("page"))],
+    augment=lambda folder: [
+        augment.augmentation("aug_tuned", "cifar10")(unit.expand(-1, 3, -1, -1), rng.generator("page"))
+    ],
     likeness=lambda folder: [metrics.ms_ssim(unit, unit.flip(0)), *metrics.nearest_neighbours(unit, unit.flip(0))],
     quality=lambda folder: [metrics.two_sample_test(digits.train[:60], digits.test[:60], 17, 1)],
-    heun=lambda folder: pipeline("heun"), multistep=lambda folder: pipeline("multistep"), stochastic=lambda folder: pipeline("stochastic"))
+    heun=lambda folder: pipeline("heun"),
+    multistep=lambda folder: pipeline("multistep"),
+    stochastic=lambda folder: pipeline("stochastic"),
+)
 
 
 @pytest.mark.parametrize("name", calls)

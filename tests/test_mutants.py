@@ -1,4 +1,5 @@
 "The list of faults for `make mutants`: each can be put in, and every module has some."
+
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ def test_fault_can_be_put_in(mutant, tmp_path):
         (tmp_path / f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / f, tmp_path / f)
     put(mutant, tmp_path)
-    for f in mutant["file"], page(mutant["file"]): assert (tmp_path / f).read_bytes() != (ROOT / f).read_bytes()
+    for f in mutant["file"], page(mutant["file"]):
+        assert (tmp_path / f).read_bytes() != (ROOT / f).read_bytes()
     compile((tmp_path / mutant["file"]).read_text(), mutant["file"], "exec")
 
 

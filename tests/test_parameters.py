@@ -1,4 +1,5 @@
 "How parameters reach an experiment: what counts, and how it may be spelt."
+
 import os
 import re
 import subprocess
@@ -27,27 +28,76 @@ def started(tmp_path):
 
 def test_only_what_is_declared_and_told_counts_however_it_is_spelt(started, tmp_path):
     (tmp_path / "mine.yaml").write_text("lr: 1e-3\nbatch: 1e2\nevaluate_at: ['1']\n")
-    asked = Settings(lr=.001, batch=100, evaluate_at=[1], bf16=False, steps=18)
-    run(*PAPERMILL, "--inject-paths", "-f", tmp_path / "mine.yaml", "-p", "bf16", "false", "-p", "steps", "1.8e1", "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb", env=started)
+    asked = Settings(lr=0.001, batch=100, evaluate_at=[1], bf16=False, steps=18)
+    run(
+        *PAPERMILL,
+        "--inject-paths",
+        "-f",
+        tmp_path / "mine.yaml",
+        "-p",
+        "bf16",
+        "false",
+        "-p",
+        "steps",
+        "1.8e1",
+        "nbs/experiments/train_vae.ipynb",
+        tmp_path / "out.ipynb",
+        env=started,
+    )
     assert [f.parent.name for f in tmp_path.glob("runs/*/*/metrics.csv")] == [Run("train_vae", asked).name]
 
 
 def test_a_misspelt_parameter_is_refused_beside_a_variable_of_that_name(started, tmp_path):
-    done = subprocess.run([*PAPERMILL, "-p", "methd", "dmaapx", "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"], cwd=ROOT, env=started, capture_output=True, text=True)
+    done = subprocess.run(
+        [*PAPERMILL, "-p", "methd", "dmaapx", "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"],
+        cwd=ROOT,
+        env=started,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode and "methd is no parameter; did you mean method?" in done.stderr
 
 
 EVERYWHERE = dict(  # what the paper says of every data set; its diffusion model is that of EDM (Karras et al. 2022)
-    n_train=0, n_test=0, side=32, epochs=1000, methods=("normal", "aug_naive", "aug_tuned", "dmaapx"), seeds=(0, 1, 2),
-    attack_restarts=10, attack_lr=1., dm_images=200_000_000, dm_lr=.001, dm_muon_lr=0., dm_decay=0, dm_ema=500_000,
-    dm_dropout=.13, dm_p_std=1.2, dm_sigma_data=.5, dm_sigma_max=80., dm_sigma_min=.002, dm_schedule="karras")
-MNISTS = dict(net="fully_connected", hidden=(512, 512), latent=16, ks=(10,),
-              attack_images=50, attack_steps=50, attack_delta=.1)
+    n_train=0,
+    n_test=0,
+    side=32,
+    epochs=1000,
+    methods=("normal", "aug_naive", "aug_tuned", "dmaapx"),
+    seeds=(0, 1, 2),
+    attack_restarts=10,
+    attack_lr=1.0,
+    dm_images=200_000_000,
+    dm_lr=0.001,
+    dm_muon_lr=0.0,
+    dm_decay=0,
+    dm_ema=500_000,
+    dm_dropout=0.13,
+    dm_p_std=1.2,
+    dm_sigma_data=0.5,
+    dm_sigma_max=80.0,
+    dm_sigma_min=0.002,
+    dm_schedule="karras",
+)
+MNISTS = dict(
+    net="fully_connected", hidden=(512, 512), latent=16, ks=(10,), attack_images=50, attack_steps=50, attack_delta=0.1
+)
 PAPER = {
     "binary_mnist": MNISTS | dict(likelihood="bernoulli"),
     "fashion_mnist": MNISTS | dict(likelihood="gaussian", dm_p_mean=-1.2),
-    "cifar10": dict(net="residual", nc=256, mz=1, likelihood="mol", components=10, ks=(1, 10), dm_p_mean=-1.2,
-                    attack_images=20, attack_steps=100, attack_delta=.05)}
+    "cifar10": dict(
+        net="residual",
+        nc=256,
+        mz=1,
+        likelihood="mol",
+        components=10,
+        ks=(1, 10),
+        dm_p_mean=-1.2,
+        attack_images=20,
+        attack_steps=100,
+        attack_delta=0.05,
+    ),
+}
 
 
 @pytest.mark.parametrize("dataset", PAPER)
@@ -56,7 +106,8 @@ def test_scale_paper_is_the_papers_comparison(dataset):
     fixed = EVERYWHERE | PAPER[dataset]
     assert {name: getattr(s, name) for name in fixed} == fixed
     images = SimpleNamespace(shape=(3 if dataset == "cifar10" else 1, 32, 32), levels=256)
-    if dataset == "cifar10": assert models.count_parameters(builders.build_vae(s, images)) == 5_812_582
+    if dataset == "cifar10":
+        assert models.count_parameters(builders.build_vae(s, images)) == 5_812_582
 
 
 @pytest.mark.parametrize("dataset", ["digits", *PAPER])
@@ -80,4 +131,4 @@ def test_scale_paper_states_how_good_its_diffusion_model_is(dataset):
     judged = {label: run.settings for label, run in studies.load_study(f"{dataset}-diffusion").runs()}
     same = [label for label, v in judged.items() if (v.solver, v.steps) == (s.solver, s.steps)]
     right = table[table.variant.isin(same) & (table.metric == "two_sample_sample")]
-    assert f"A classifier is right on {100*right[right.epoch == right.epoch.max()].value.item():.0f} % of" in text
+    assert f"A classifier is right on {100 * right[right.epoch == right.epoch.max()].value.item():.0f} % of" in text

@@ -1,4 +1,4 @@
-"Pages that are read: their links lead somewhere, their numbers come from the stored results, and their words are words."
+"Pages that are read: links lead somewhere, numbers come from the stored results, and words are words."
 import json
 import re
 import statistics
@@ -59,7 +59,10 @@ def test_links_lead_somewhere(page, file, anchor):
     if anchor: assert anchor in headings(target.resolve().relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", [p for p in READ if p not in ("nbs/index.ipynb", "nbs/tour.ipynb", "nbs/glossary.ipynb")])
+HALLWAY = "nbs/index.ipynb", "nbs/tour.ipynb", "nbs/glossary.ipynb"
+
+
+@pytest.mark.parametrize("page", [p for p in READ if p not in HALLWAY])
 def test_pages_lead_on(page):
     "Back to a page of the hallway, or to the one before."
     assert re.search(r"\]\((\.\./)?[a-z_./]+\.ipynb(#[\w-]+)?\)", prose(page))
@@ -74,7 +77,8 @@ def test_no_interval_is_typed(page):
 @pytest.mark.parametrize("page", RESULTS)
 def test_names_of_storage_are_not_shown(page):
     text = plain(prose(page)) + "\n".join(shown(page) if "reliability" not in page else [])
-    found = [name for name in stored_names() if re.search(rf"(?<!\w){name}(?!\w)" if name[0] != "_" else name + r"\b", text)]
+    def pattern(name): return rf"(?<!\w){name}(?!\w)" if name[0] != "_" else rf"{name}\b"
+    found = [name for name in stored_names() if re.search(pattern(name), text)]
     assert not found, f"say it in words: {found}"
 
 

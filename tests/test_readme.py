@@ -1,4 +1,5 @@
 "Every output that README, and the pages that carry on from it, promise comes when their commands are typed."
+
 import re
 import shlex
 
@@ -15,7 +16,8 @@ README = (ROOT / "README.md").read_text()
 
 def words(page):
     "The prose of a page."
-    return "\n\n".join(c.source for c in nbformat.read(ROOT / f"nbs/{page}.ipynb", 4).cells if c.cell_type == "markdown")
+    cells = nbformat.read(ROOT / f"nbs/{page}.ipynb", 4).cells
+    return "\n\n".join(c.source for c in cells if c.cell_type == "markdown")
 
 
 def section(title, text=README):
@@ -30,7 +32,10 @@ def block(text, language):
 
 def table(text):
     "The first table of a text: a dict a row."
-    lines = [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in re.search(r"(\|.*\|\n?)+", text)[0].splitlines()]
+    lines = [
+        [c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+        for line in re.search(r"(\|.*\|\n?)+", text)[0].splitlines()
+    ]
     return [dict(zip(lines[0], line)) for line in lines[2:]]
 
 
@@ -39,7 +44,14 @@ def test_the_lines_for_a_hosted_notebook():
     page = nbformat.read(ROOT / "nbs/gpu.ipynb", 4).cells[0].source
     lines = re.search(r"```\n(.*?)```", page, re.S)[1].splitlines()
     assert len(lines) <= 10 and "pip install --quiet -e '.[experiments]'" in lines[2]
-    for file in re.findall(r"nbs/\S+", "\n".join(lines)): assert (ROOT / file).exists(), file
+    for file in re.findall(r"nbs/\S+", "\n".join(lines)):
+        assert (ROOT / file).exists(), file
+
+
+def printed_by(page):
+    "What an executed notebook printed."
+    outputs = [output for cell in nbformat.read(page, 4).cells if cell.cell_type == "code" for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
 
 
 SAMPLES, TESTS = "samples", "test images"
@@ -48,7 +60,8 @@ PROMISED = {
     "measure_gaps": {"amortization gap", "robustness gap", "importance-weighted bound"},
     "sample_bank": {f"distance to the nearest training image: {images}" for images in (SAMPLES, TESTS)},
     "train_diffusion": {"bound on log p, training images", "bound on log p, test images"},
-    "measure_diffusion": {f"told from training images: {images}" for images in (SAMPLES, TESTS)}}
+    "measure_diffusion": {f"told from training images: {images}" for images in (SAMPLES, TESTS)},
+}
 
 
 def test_every_other_number_is_printed(tmp_path, monkeypatch):
@@ -66,8 +79,7 @@ def test_every_other_number_is_printed(tmp_path, monkeypatch):
         process = forked(stage, tmp_path / "out.ipynb", wishes | {"n_train": 300})
         process.join()
         assert process.exitcode == 0, row
-        printed = "".join(o.get("text", "") for c in nbformat.read(tmp_path / "out.ipynb", 4).cells if c.cell_type == "code" for o in c.outputs if o.get("name") == "stdout")
-        assert PROMISED[stage] <= {r["metric"] for r in table(printed)}, row
+        assert PROMISED[stage] <= {r["metric"] for r in table(printed_by(tmp_path / "out.ipynb"))}, row
     names = yaml.safe_load((ROOT / shlex.split(rows[-1]["parameters"].strip("`"))[1]).read_text())
     assert settings.load_params(names["dataset"], names["scale"]).dataset == "binary_mnist"
 
@@ -86,4 +98,5 @@ def test_readme_is_short():
 
 
 @pytest.mark.parametrize("link", sorted({*re.findall(r"\]\(([^)#:]+)\)", README)}))
-def test_links_lead_somewhere(link): assert (ROOT / link).exists()
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()

@@ -16,7 +16,7 @@ from ..core import files, paths, rng
 from ..banks import SampleBank
 from ..core.errors import ProjectError
 from ..core.files import digest
-from .execution import execute, require
+from .execution import execute
 from .identity import Run, published_folder, published_weights_digest, stage_config
 from .runs import device, read_results
 from .settings import Settings
@@ -104,9 +104,9 @@ def open_bank(settings: Settings) -> SampleBank:
 
 # %% ../../nbs/harness/05_builders.ipynb #24a9a4aa
 def require_bank(settings: Settings) -> SampleBank:
-    "Return the bank with all the samples that the settings use; draw those that are missing. Raises as `require`."
-    run = require("sample_bank", settings)
-    if len(open_bank(settings)) < settings.k*len(build_dataset(settings, padded=False).train): execute(run)
+    "Return a bank with the samples that a run takes; those that are missing are drawn first, and no more."
+    if len(open_bank(settings)) < settings.k*len(build_dataset(settings, padded=False).train):
+        execute(Run("sample_bank", replace(settings, ks=(settings.k,))))
     return open_bank(settings)
 
 # %% ../../nbs/harness/05_builders.ipynb #4526236a
