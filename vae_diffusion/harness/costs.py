@@ -19,7 +19,6 @@ from ..metrics import amortization, bounds, sample_quality
 from ..core.precision import matmul_precision
 from ..sources import METHODS
 
-
 # %% ../../nbs/harness/14_costs.ipynb #90768bd8
 def seconds_per_unit(
     f, # of a number of units
