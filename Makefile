@@ -96,7 +96,7 @@ pack: $(BIN)/ready  ## what is needed to go on elsewhere with DATASET at SCALE, 
 unpack: $(BIN)/ready  ## takes up what make pack wrote elsewhere: make unpack FROM=folder
 	@$(BIN)/python -c "import sys; from vae_diffusion.core import errors; from vae_diffusion.harness import packing; errors.exit_on_error(packing.unpack_runs, *sys.argv[1:])" "$(FROM)"
 
-parameters: $(BIN)/ready  ## the parameters cells of the experiment notebooks, from their declaration in nbs/harness/00_settings.ipynb
+parameters: $(BIN)/ready  ## the parameters cells of the experiment notebooks, from their declaration in nbs/harness/00_parameters.ipynb
 	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
 	$(BIN)/nbdev_clean
 

@@ -339,7 +339,7 @@ def test_every_parameter_is_checked(page, record):
             with pytest.raises(ProjectError, match=rf"\b{name}\b") as e: settings.collect_settings(names | {name: wrong})
             assert "\n" not in str(e.value)
             tried += 1
-    with pytest.raises(ProjectError, match="is no parameter"): settings.collect_settings(names | {"colour": "red"})
+    with pytest.raises(ProjectError, match="is not a parameter"): settings.collect_settings(names | {"colour": "red"})
     record(f"bad parameters of {Path(page).stem}", tried + 1, "refused before any work, in one line that names the parameter")
 
 

@@ -34,7 +34,7 @@ def test_only_what_is_declared_and_told_counts_however_it_is_spelt(started, tmp_
 
 def test_a_misspelt_parameter_is_refused_beside_a_variable_of_that_name(started, tmp_path):
     done = subprocess.run([*PAPERMILL, "-p", "methd", "dmaapx", "nbs/experiments/train_vae.ipynb", tmp_path / "out.ipynb"], cwd=ROOT, env=started, capture_output=True, text=True)
-    assert done.returncode and "methd is no parameter; did you mean method?" in done.stderr
+    assert done.returncode and "methd is not a parameter; did you mean method?" in done.stderr
 
 
 EVERYWHERE = dict(  # what the paper says of every data set; its diffusion model is that of EDM (Karras et al. 2022)
