@@ -25,7 +25,7 @@ import pytest
 import torch
 from conftest import ROOT, made, run, tracked
 from vae_diffusion import data, levels, pipelines
-from vae_diffusion.core import batches, files, formats, locks, paths, rng
+from vae_diffusion.core import batches, files, formats, locks, paths, published, rng
 from vae_diffusion.harness import identity, results, runs, settings, tables
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.core.errors import ProjectError
@@ -55,7 +55,7 @@ class Formats:
         known = {f: (len(raw), formats.md5_digest(raw)) for f, raw in files.items()}
         (self.folder / name).mkdir()
         for f, raw in files.items(): (self.folder / name / f).write_bytes(raw)
-        return data.PublishedFiles(name, (), {}, known, data.DATASETS[name].source.parse)
+        return published.PublishedFiles(name, (), {}, known, data.DATASETS[name].source.parse)
 
     def idx(self):
         image, label = (b"\0\0\x08\x03" + b"\0\0\0\x05\0\0\0\x04\0\0\0\x04" + bytes(range(80)), b"\0\0\x08\x01\0\0\0\x05" + bytes(5))
@@ -196,8 +196,8 @@ def test_stages_that_are_repeated_killed_and_started_at_once(tmp_path, tries, re
 DOWNLOAD = """
 import dataclasses, json, os, sys
 from vae_diffusion import data
-from vae_diffusion.core import formats
-source = data.PublishedFiles(**json.loads(sys.argv[1]), parse=data.cifar10.parse)
+from vae_diffusion.core import formats, published
+source = published.PublishedFiles(**json.loads(sys.argv[1]), parse=data.cifar10.parse)
 data.DATASETS["cifar10"] = dataclasses.replace(data.DATASETS["cifar10"], source=source, n_train=1, n_test=1)
 parent, children = os.getpid(), []
 while os.getpid() == parent and len(children) < 7: children.append(os.fork()) # eight processes

@@ -78,7 +78,7 @@ def test_the_folder_of_another_data_set():
 @pytest.fixture
 def copy(tmp_path, monkeypatch):
     "A copy of the data folder made of links, in which files can be replaced. Whoever downloads fails."
-    monkeypatch.setattr(data, "download", lambda *args: pytest.fail("tried to download"))
+    monkeypatch.setattr("vae_diffusion.core.published.download", lambda *args: pytest.fail("tried to download"))
     for source in (data.DATASETS[name].source for name in published):
         (tmp_path/source.folder).mkdir()
         for file in source.files: (tmp_path/source.folder/file).symlink_to(Path(DATA).absolute()/source.folder/file)

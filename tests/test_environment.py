@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, forked, made
 from vae_diffusion import data
-from vae_diffusion.core import files, formats, locks, paths
+from vae_diffusion.core import files, formats, locks, paths, published
 from vae_diffusion.harness import builders, execution, identity, runs, tables
 from vae_diffusion.banks import SampleBank
 from vae_diffusion.core.errors import ProjectError
@@ -78,10 +78,10 @@ def test_a_full_cache_is_read_without_permission_to_write(folder, monkeypatch):
     here = folder / "datasets/tiny"
     here.mkdir(parents=True)
     (here / "a.bin").write_bytes(b"known")
-    source = data.PublishedFiles("tiny", ("http://127.0.0.1:9/",), {"a.bin": formats.md5_digest(b"known")}, {"a.bin": (5, formats.md5_digest(b"known"))}, list)
-    with read_only(folder): assert data.fetch(source) == here
+    source = published.PublishedFiles("tiny", ("http://127.0.0.1:9/",), {"a.bin": formats.md5_digest(b"known")}, {"a.bin": (5, formats.md5_digest(b"known"))}, list)
+    with read_only(folder): assert published.fetch(source) == here
     (here / "a.bin").write_bytes(b"other")
-    with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): data.fetch(source)
+    with read_only(folder), pytest.raises(ProjectError, match=".lock cannot be written .Permission denied"): published.fetch(source)
 
 
 SMALL = dict(n_train=300, dm_images=500)
@@ -102,7 +102,7 @@ def test_a_disk_without_locks_or_permissions(tmp_path, monkeypatch):
     def refuse(*args): raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     monkeypatch.setattr(fcntl, "flock", refuse)
     for write in [lambda: locks.acquire(tmp_path / "run"), lambda: files.write_text(tmp_path / "a.txt", "a", checksum=True), lambda: SampleBank(tmp_path / "bank").fill(Grey(), 5, batch=5, shard=5),
-                  lambda: data.download("a.bin", "0" * 32, ("http://127.0.0.1:9/",), tmp_path / "cache")]:
+                  lambda: published.download("a.bin", "0" * 32, ("http://127.0.0.1:9/",), tmp_path / "cache")]:
         with pytest.raises(ProjectError, match=f"{tmp_path}.* cannot be locked .Function not implemented.*VAE_DIFFUSION_CACHE"): write()
     monkeypatch.undo()
     monkeypatch.setattr(os, "chmod", refuse)

@@ -4,24 +4,19 @@
 
 # %% auto #0
 __all__ = ['idx_files', 'idx_sizes', 'binary_mnist', 'fashion_mnist', 'cifar10', 'DATASETS', 'stratified_indices', 'Dataset',
-           'split_digits', 'PublishedFiles', 'download', 'extract', 'fetch', 'locate', 'describe_folder', 'read_files',
-           'read_npz', 'DatasetInfo', 'load']
+           'split_digits', 'DatasetInfo', 'load']
 
 # %% ../nbs/method/01_data.ipynb #86dda24e
-import os, tarfile, zipfile, zlib
-import numpy as np, pooch, torch
+import numpy as np, torch
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from tqdm import tqdm
+from pathlib import Path
 from .core.errors import ProjectError
-from .core.files import atomic_write
-from .core.formats import md5_digest, read_published, split_binary, split_cifar, split_idx, unpickle_batch
-from .core.locks import folder_lock
-from .core.paths import cache, folder_from_env, root
+from .core.formats import split_binary, split_cifar, split_idx
+from .core.paths import folder_from_env, root
+from .core.published import PublishedFiles, read_npz
 from .core.rng import seed_of
 from .levels import pad
-
 
 # %% ../nbs/method/01_data.ipynb #cell012
 def stratified_indices(
@@ -115,23 +110,6 @@ def split_digits(
     train, test = (np.sort(part) for part in parts)
     return x[train], y[train], x[test], y[test]
 
-# %% ../nbs/method/01_data.ipynb #cell028
-@dataclass(frozen=True)
-class PublishedFiles:
-    "Describe where the files of a data set are published, and how they are recognised. Call it to read them."
-    folder: str # the folder of its files, below the data folder
-    mirrors: tuple # addresses ending in "/", tried in order
-    containers: dict # file to download -> its MD5
-    files: dict # file to read -> (bytes, MD5), both of the uncompressed content
-    parse: Callable # contents in the order of `files` -> train, train labels, test, test labels as arrays
-    also: tuple=() # other folders in which the files may lie
-
-    def __call__(self,
-        folder: Path, # that holds the files; None: they are downloaded
-    ) -> tuple: # train images, train labels, test images, test labels
-        "Read and check the files. Raises `ProjectError` for a missing or altered one."
-        return read_files(self, folder)
-
 # %% ../nbs/method/01_data.ipynb #cell050
 idx_files = ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz",
              "t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")
@@ -163,112 +141,6 @@ cifar10 = PublishedFiles("cifar-10-batches-bin",
         "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
         "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()},
     split_cifar, ("cifar-10-batches-py",))
-
-# %% ../nbs/method/01_data.ipynb #cell057
-def download(
-    file: str, # the container's name, at the mirrors and here
-    md5: str, # its MD5
-    mirrors: tuple, # addresses ending in "/", tried in order
-    folder: Path, # where it goes
-    retries: int=1, # further tries at each mirror, a second or more apart
-) -> Path: # the container
-    "Download a published container unless it is there. Raises `ProjectError` if no mirror has it."
-    try:
-        if md5_digest((folder/file).read_bytes()) == md5: return folder/file # look first, lock only to write
-    except OSError: pass
-    failures = []
-    with folder_lock(folder):
-        for mirror in mirrors:
-            store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
-            bar = tqdm(total=1, unit="B", unit_scale=True, leave=False)
-            downloader = pooch.HTTPDownloader(progressbar=bar, timeout=(10, 30))
-            try: return Path(store.fetch(file, downloader=downloader))
-            except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
-    raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
-        "Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds "
-        f"{folder.name}/ with the published files."]))
-
-# %% ../nbs/method/01_data.ipynb #cell068
-def extract(
-    archive: Path, # a tar.gz file
-    files: dict, # expected file -> (bytes, MD5)
-):
-    "Write the expected files of an archive beside it, each atomically. Raises `ProjectError` if one is missing."
-    missing = set(files)
-    try:
-        with tarfile.open(archive, "r:gz") as tar:
-            for member in tar:
-                name = PurePosixPath(member.name).name
-                if name not in missing or not member.isfile() or member.size != files[name][0]: continue
-                with atomic_write(archive.parent/name) as tmp: tmp.write_bytes(tar.extractfile(member).read())
-                missing.remove(name)
-                if not missing: return
-    except (OSError, EOFError, zlib.error, tarfile.TarError) as e:
-        raise ProjectError(f"{archive}: expected a tar.gz archive, found one that cannot be unpacked ({e}). "
-                           "Delete it and run the same command again.") from e
-    raise ProjectError(f"{archive}: expected {', '.join(sorted(missing))} in it, found none of that length. "
-                       "Delete it and run the same command again.")
-
-# %% ../nbs/method/01_data.ipynb #cell075
-def fetch(
-    source: PublishedFiles, # what to download
-) -> Path: # the folder that holds its files
-    "Download and unpack what the cache folder does not hold yet. Raises `ProjectError` if that fails."
-    here = cache()/"datasets"/source.folder
-    for file, md5 in source.containers.items():
-        if file not in source.files and all(os.path.exists(here/f) for f in source.files): continue
-        archive = download(file, md5, source.mirrors, here)
-        if file not in source.files: extract(archive, source.files)
-    return here
-
-# %% ../nbs/method/01_data.ipynb #e5ad5d70
-def locate(
-    source: PublishedFiles, # the data set
-    folder: Path, # that was named
-    file: str, # one of `source.files`
-) -> Path: # where it should be, if it is nowhere
-    "Find a file in a folder of the data set or the given one itself, compressed or not."
-    spots = [folder/place/name for place in (source.folder, *source.also, "") for name in (file, Path(file).stem)]
-    return next((path for path in spots if path.exists()), spots[0])
-
-def describe_folder(folder: Path) -> str: # a sentence
-    "Describe what a folder holds, for an error message."
-    try: names = sorted(os.listdir(folder))
-    except OSError as e: return f"{folder} cannot be listed ({e.strerror})."
-    return f"{folder} holds {', '.join(names[:10]) + ', ...'*(len(names) > 10) or 'no files'}."
-
-# %% ../nbs/method/01_data.ipynb #cell076
-def read_files(
-    source: PublishedFiles, # the data set
-    folder: Path, # that holds the files, as in `locate`; None: they are downloaded
-) -> tuple: # train images, train labels, test images, test labels
-    "Read the published files and check each. Raises `ProjectError` for a missing or altered one."
-    here = folder or fetch(source)
-    remedy = f"{describe_folder(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) " \
-        "to have it downloaded." if folder else "Delete it and run the same command again."
-    def content(file):
-        path = locate(source, here, file) if folder else here/file
-        pickled = file.endswith(".bin") and path.name != file
-        return read_published(path, *source.files[file], remedy, unpickle_batch if pickled else None)
-    return source.parse([content(file) for file in source.files])
-
-# %% ../nbs/method/01_data.ipynb #npz2
-def read_npz(
-    file: str, # name of the file
-    folder: Path, # that holds it
-) -> tuple: # train images [N,C,H,W], train labels, test images, test labels
-    "Read images `train`, `test` [N,H,W] or [N,C,H,W], and their labels. Raises `ProjectError` for anything else."
-    path = Path(folder or ".")/file
-    parts = "train", "train_labels", "test", "test_labels"
-    try:
-        with np.load(path, allow_pickle=False) as arrays: found = [arrays[part] for part in parts]
-    except (OSError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as e:
-        raise ProjectError(f"{path}: expected an .npz file with the arrays {', '.join(parts)}: {e}. "
-                           "Set VAE_DIFFUSION_DATA to the folder that holds it.") from e
-    for part, a in zip(parts, found):
-        if a.dtype.kind not in "iu" or a.min(initial=0) < 0 or a.max(initial=0) > 255: raise ProjectError(
-            f"{path}: {part} must hold whole numbers from 0 to 255, not {a.dtype} from {a.min()} to {a.max()}")
-    return tuple(a[:, None] if a.ndim == 3 else a for a in found)
 
 # %% ../nbs/method/01_data.ipynb #reg2
 @dataclass(frozen=True)
