@@ -129,7 +129,7 @@ pack: $(BIN)/ready
 unpack: $(BIN)/ready
 	@$(call python,packing,unpack_runs) "$(FROM)"
 
-# Writes the parameters cells of the experiment notebooks from their declaration in nbs/harness/00_settings.ipynb.
+# Writes the parameters cells of the experiment notebooks from their declaration in nbs/harness/00_parameters.ipynb.
 parameters: $(BIN)/ready
 	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
 	$(BIN)/nbdev_clean

@@ -448,7 +448,7 @@ def test_every_parameter_is_checked(page, record):
                 settings.collect_settings(names | {name: wrong})
             assert "\n" not in str(e.value)
             tried += 1
-    with pytest.raises(ProjectError, match="is no parameter"):
+    with pytest.raises(ProjectError, match="is not a parameter"):
         settings.collect_settings(names | {"colour": "red"})
     record(
         f"bad parameters of {Path(page).stem}",

@@ -55,7 +55,7 @@ def test_a_misspelt_parameter_is_refused_beside_a_variable_of_that_name(started,
         capture_output=True,
         text=True,
     )
-    assert done.returncode and "methd is no parameter; did you mean method?" in done.stderr
+    assert done.returncode and "methd is not a parameter; did you mean method?" in done.stderr
 
 
 EVERYWHERE = dict(  # what the paper says of every data set; its diffusion model is that of EDM (Karras et al. 2022)

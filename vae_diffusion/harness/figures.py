@@ -11,8 +11,7 @@ import textwrap
 import matplotlib as mpl
 import numpy as np
 import torch
-from .results import (
-    METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference)
+from .results import METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference
 from .style import COLORS, STYLE, draw_means, make_subplots, methods_shown, name_scale
 from ..levels import check_unit
 from ..sources import METHODS
@@ -37,8 +36,7 @@ def draw_learning_curve(
             if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
         ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_")))
     for va, (y, x, part) in zip(("top", "bottom"), sorted(ends)):
-        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3",
-                    annotation_clip=False)
+        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3", annotation_clip=False)
     ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=COLORS[method])
     ax.annotate(f"best {mean.max():.1f}, epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction",
                 ha="center", fontsize=8, color="0.3")
@@ -210,9 +208,9 @@ def figures_from_results(
         if (paper.epoch <= settings.epochs).any(): early = "; ◇ the paper"
     gaps = gap_panels(table, k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper)
     curves = f"{where}: ELBO of training and test images{early}"
-    figures = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
-    if table.k.nunique() > 1: figures["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
-    return figures
+    figs = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
+    if table.k.nunique() > 1: figs["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
+    return figs
 
 # %% ../../nbs/harness/10_figures.ipynb #cell029
 def search_curve(
@@ -238,8 +236,7 @@ def image_grid(
 ): # -> `Figure`
     "Draw labelled rows of images, grey or colour. Raises as `levels.check_unit`."
     for x in images.values(): check_unit(torch.as_tensor(x))
-    n = max(len(x) for x in images.values())
-    inches = size*n + 1.3, (size + .04)*len(images) + (.3 if title else .05)
+    inches = size*max(map(len, images.values())) + 1.3, (size + .04)*len(images) + (.3 if title else .05)
     with mpl.rc_context(STYLE):
         fig, axes = make_subplots(len(images), 1, figsize=inches, squeeze=False)
         for ax, (label, x) in zip(axes[:, 0], images.items()):
