@@ -20,6 +20,8 @@ RIVALS = {
     "training, large diffusion": "diffusers' example, bfloat16, batch 256",
     "sampling, large": "DDIMPipeline, 35 evaluations", "attack": "loop", "q*": "one image at a time",
     "MS-SSIM": "pytorch_msssim"}
+
+# %% ../../nbs/benchmark/05_report.ipynb #report01
 UNITS = {
     "training": "images", "training, residual": "images", "sampling": "images", "training, diffusion": "images",
     "training, large diffusion": "images", "sampling, large": "images", "attack": "attacks", "q*": "images",
@@ -74,7 +76,8 @@ def speed_result(
     for r in ours.groupby("benchmark").tail(1).sort_index().itertuples():
         way = r.case.removeprefix("ours").strip(", ")
         name = r.benchmark.replace("*", "\\*") # q*, which Markdown would take for emphasis
-        lines.append(f"- **{name}**{f' ({way})' if way else ''}: {r.ratio:.1f} times the speed of {RIVALS[r.benchmark]}")
+        way = f" ({way})" if way else ""
+        lines.append(f"- **{name}**{way}: {r.ratio:.1f} times the speed of {RIVALS[r.benchmark]}")
     return "\n".join(lines)
 
 # %% ../../nbs/benchmark/05_report.ipynb #1f8ec2bc
@@ -119,10 +122,11 @@ def speed_figure(
         ax.text(1.02, len(table) - .35, "rival", transform=ax.get_yaxis_transform(), fontsize=8)
     return fig
 
-# %% ../../nbs/benchmark/05_report.ipynb #9b8010b8
+# %% ../../nbs/benchmark/05_report.ipynb #report07
 AXIS_LABELS = {
     "train": "training images", "k": "k", "side": "image side / px", "batch": "batch size", "width": "hidden width"}
 
+# %% ../../nbs/benchmark/05_report.ipynb #9b8010b8
 def growth_figure(
     table: pd.DataFrame, # as stored
     title: str="", # over the figure
