@@ -131,7 +131,7 @@ class DiffusionSettings:
 class BankSettings:
     "Declare how the bank is sampled."
     weights: str = param("published",
-        "diffusion model: `published`, another of data/weights by its name, or `trained` by train_diffusion",
+        "diffusion model: `published`, another of data/weights, or `trained` by train_diffusion",
         stage="bank")
     solver: str = param("multistep", "of the sampler; the first two are deterministic",
         choices=("heun", "multistep", "stochastic"), stage="bank")
