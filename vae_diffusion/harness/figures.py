@@ -11,8 +11,7 @@ import textwrap
 import matplotlib as mpl
 import numpy as np
 import torch
-from .results import (
-    METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference)
+from .results import METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference
 from .style import COLORS, STYLE, draw_means, make_subplots, methods_shown, name_scale
 from ..levels import check_unit
 from ..sources import METHODS
@@ -37,8 +36,7 @@ def draw_learning_curve(
             if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
         ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_")))
     for va, (y, x, part) in zip(("top", "bottom"), sorted(ends)):
-        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3",
-                    annotation_clip=False)
+        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3", annotation_clip=False)
     ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=COLORS[method])
     ax.annotate(f"best {mean.max():.1f}, epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction",
                 ha="center", fontsize=8, color="0.3")
@@ -204,10 +202,8 @@ def figures_from_results(
     "Draw the figures that need results alone; none before a VAE of the main comparison is trained."
     k, where, paper = settings.k, name_scale(settings.dataset, settings.scale), reported_by_paper(settings)
     if not methods_shown(table, k): return {}
-    beside, early = "", ""
-    if len(paper):
-        beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}"
-        if (paper.epoch <= settings.epochs).any(): early = "; ◇ the paper"
+    beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}" if len(paper) else ""
+    early = "; ◇ the paper" if (paper.epoch <= settings.epochs).any() else ""
     gaps = gap_panels(table, k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper)
     curves = f"{where}: ELBO of training and test images{early}"
     figures = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
