@@ -36,7 +36,8 @@ def draw_learning_curve(
             if len(p): ax.plot(p.epoch, p.value, "D", ms=4, mfc="none", mec=color, mew=.8)
         ends.append((mean.iloc[-1], mean.index[-1], metric.removeprefix("elbo_")))
     for va, (y, x, part) in zip(("top", "bottom"), sorted(ends)):
-        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3", annotation_clip=False)
+        ax.annotate(part, (x, y), xytext=(3, 0), textcoords="offset points", va=va, color="0.3",
+                    annotation_clip=False)
     ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=COLORS[method])
     ax.annotate(f"best {mean.max():.1f}, epoch {mean.idxmax():g}", (.5, 1.02), xycoords="axes fraction",
                 ha="center", fontsize=8, color="0.3")
