@@ -17,6 +17,7 @@ from .files import load_tensors, save_tensors
 # %% ../../nbs/core/04_stopping.ipynb #minutes1
 _outer = os.environ.get("VAE_DIFFUSION_UNTIL", "inf") # the limit that this process inherited
 
+# %% ../../nbs/core/04_stopping.ipynb #stops01
 def deadline() -> float: # as `time.time()`
     "Return when this process must have stopped: `VAE_DIFFUSION_UNTIL`, or never. Raises `ProjectError` for no number."
     given = os.environ.get("VAE_DIFFUSION_UNTIL", "inf")

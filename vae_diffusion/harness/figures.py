@@ -202,10 +202,8 @@ def figures_from_results(
     "Draw the figures that need results alone; none before a VAE of the main comparison is trained."
     k, where, paper = settings.k, name_scale(settings.dataset, settings.scale), reported_by_paper(settings)
     if not methods_shown(table, k): return {}
-    beside, early = "", ""
-    if len(paper):
-        beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}"
-        if (paper.epoch <= settings.epochs).any(): early = "; ◇ the paper"
+    beside = f"; epoch {settings.epochs}, ◇ the paper's epoch {paper.epoch.max()}" if len(paper) else ""
+    early = "; ◇ the paper" if (paper.epoch <= settings.epochs).any() else ""
     gaps = gap_panels(table, k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper)
     curves = f"{where}: ELBO of training and test images{early}"
     figs = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
