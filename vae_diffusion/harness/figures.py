@@ -207,9 +207,9 @@ def figures_from_results(
     early = "; ◇ the paper" if (paper.epoch <= settings.epochs).any() else ""
     gaps = gap_panels(table, k, f"{where}: mean, 95 % interval over seeds, and every seed{beside}", paper)
     curves = f"{where}: ELBO of training and test images{early}"
-    figures = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
-    if table.k.nunique() > 1: figures["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
-    return figures
+    drawn = {"gaps": gaps, "curves": learning_curves(table, k, curves, paper)}
+    if table.k.nunique() > 1: drawn["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
+    return drawn
 
 # %% ../../nbs/harness/10_figures.ipynb #cell029
 def search_curve(
