@@ -160,7 +160,7 @@ def draw_differences(
     methods: list, # of names, from the top
     paper, # from `results.reported_by_paper`
 ):
-    "Draw each method's difference to normal training, its 95 % Welch interval and the paper's last one."
+    "Draw each method's difference from normal training, its 95 % Welch interval and the paper's last one."
     p = paper[(paper.epoch == paper.epoch.max()) & (paper.metric == metric)].set_index("method").value
     for y, method in enumerate(reversed(methods)):
         if method not in set(table.method): continue
@@ -178,7 +178,7 @@ def forest_plot(
     tables: dict, # name of a data set -> (tidy results, `Settings`)
     title: str="", # over the whole figure
 ): # -> `Figure`
-    "Draw every method's differences to normal training, one row per data set and one column per metric."
+    "Draw every method's differences from normal training, one row per data set and one column per metric."
     found = set().union(*(table.method for table, _ in tables.values())) - {"normal"}
     methods, size = [m for m in METHODS if m in found], (7.4, 1.05*len(tables) + .6)
     with mpl.rc_context(STYLE):
@@ -190,7 +190,7 @@ def forest_plot(
         for ax, about in zip(axes[0], PANELS.values()):
             side = "right" if about.better == "higher" else "left"
             ax.set_title(f"{about.label} / {about.unit}\n{side} is better")
-        fig.supxlabel("difference to normal training", fontsize=8)
+        fig.supxlabel("difference from normal training", fontsize=8)
         if title: fig.suptitle(title, fontsize=9)
     return fig
 
