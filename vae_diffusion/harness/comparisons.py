@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CLAIMS', 'image_parts', 'run_means', 'seed_interval', 'mean_over_runs', 'summarize', 'mean_text',
-           'summary_markdown', 'compare', 'verdict', 'better_claim', 'judge_claims', 'direction', 'claim_text',
-           'claims_markdown']
+           'summary_markdown', 'compare', 'verdict', 'better_claim', 'judge_claims', 'direction', 'interval_basis',
+           'claim_text', 'claims_markdown']
 
 # %% ../../nbs/harness/09_comparisons.ipynb #comp002
 import numpy as np
@@ -178,6 +178,16 @@ def direction(
     corrected = claims.p[claims.claim == better_claim(metric, against)[0]] if metric in METRICS else []
     p = next(iter(corrected), p_value(c))
     return c, int(np.sign(c.mean)) if p < .05 else 0
+
+# %% ../../nbs/harness/09_comparisons.ipynb #comp018
+def interval_basis(
+    table: pd.DataFrame, # tidy results
+    k: int, # the main bank size
+) -> str: # a sentence
+    "Say whether the intervals of a table are over seeds and images or over seeds alone."
+    rows = [r for _, r in last_epoch(table, "elbo_test", k).groupby("method")]
+    if all(image_values(r) for r in rows): return "Intervals are over seeds and images."
+    return "Intervals are over seeds alone, for these test images."
 
 # %% ../../nbs/harness/09_comparisons.ipynb #8c6fa994
 def claim_text(

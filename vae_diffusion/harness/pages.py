@@ -12,7 +12,7 @@ import math
 import pandas as pd
 from ..core.errors import ProjectError
 from .comparisons import (
-    claims_markdown, compare, direction, judge_claims, summarize, summary_markdown)
+    claims_markdown, compare, direction, interval_basis, judge_claims, summarize, summary_markdown)
 from .results import LABELS, last_epoch, provenance, reported_by_paper
 from .tables import table_markdown
 from ..metrics import METRICS, Metric
@@ -112,7 +112,8 @@ def comparison(
     s, # their `Settings`
 ) -> str: # Markdown
     "Write the table of means with the paper's numbers, and what was run below it."
-    return summary_markdown(summarize(table, s.k), reported_by_paper(s)) + "\n\n" + provenance(table, s)
+    below = f"{provenance(table, s)} {interval_basis(table, s.k)}"
+    return f"{summary_markdown(summarize(table, s.k), reported_by_paper(s))}\n\n{below}"
 
 def claims(
     found: dict, # as in `result`
