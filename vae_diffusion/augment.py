@@ -146,7 +146,7 @@ def warp(
     x, # [n,C,H,W] in [0,1], H and W at least 2
     changes, # [n,12] of `draw_changes`, of which the first 8 count
 ) -> torch.Tensor: # like x
-    "Flip the images, and apply the other geometric changes in one resampling at twice the resolution (ADA, appendix B)."
+    "Flip the images; apply the other geometric changes in one resampling at twice the resolution (ADA, appendix B)."
     hflip, vflip, *others = changes[:, :8].T
     x = torch.where(hflip[:, None, None, None] > 0, x.flip(3), x)
     x = torch.where(vflip[:, None, None, None] > 0, x.flip(2), x)
