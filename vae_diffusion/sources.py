@@ -8,7 +8,7 @@ __all__ = ['METHODS', 'ShuffledSource', 'AugmentedSource', 'PaddedSubset', 'Meth
 # %% ../nbs/method/12_sources.ipynb #02d214ae
 import torch
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from . import augment
 from .core.batches import row_indices
 from .core.errors import ProjectError
@@ -83,18 +83,20 @@ class Method:
     source: Callable # (data set, seed, samples of the bank or None) -> a source
     draws_on_bank: bool=False # whether it takes samples of a diffusion model
     in_paper: bool=True # whether it belongs to the paper's comparison
+    config: Callable=None # (name of a data set) -> what else decides its images, a part of a run's identity
 
-def _augmented(policy): # a name of `augment.POLICIES`
-    "Make the source of an augmentation."
+def _augmented(label, color, policy): # the last a name of `augment.POLICIES`
+    "Describe the method of an augmentation."
     def source(dataset, seed, samples):
         changes = augment.augmentation(policy, dataset.name)
         return AugmentedSource(ShuffledSource(dataset.train, seed), changes, dataset.levels, seed)
-    return source
+    def config(name): return asdict(augment.policy_for(policy, name)) | {"resampling": "sym6"}
+    return Method(label, color, source, config=config)
 
 METHODS = {
     "normal": Method("Normal", "#D55E00", lambda dataset, seed, samples: ShuffledSource(dataset.train, seed)),
-    "aug_naive": Method("Aug.Naive", "#56B4E9", _augmented("aug_naive")),
-    "aug_tuned": Method("Aug.Tuned", "#0072B2", _augmented("aug_tuned")),
+    "aug_naive": _augmented("Aug.Naive", "#56B4E9", "aug_naive"),
+    "aug_tuned": _augmented("Aug.Tuned", "#0072B2", "aug_tuned"),
     "dmaapx": Method("DMaaPx", "#009E73", lambda dataset, seed, samples: ShuffledSource(samples, seed), True)}
 
 # %% ../nbs/method/12_sources.ipynb #registry2

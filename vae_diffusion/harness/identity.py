@@ -73,6 +73,7 @@ def stage_config(
     if stage == "train_vae":
         own["gaps_at"] = [e for e in settings.gaps_at if e < settings.epochs] # the weights of these epochs are stored
         if not own["gaps_at"]: del own["gaps_at"]
+        if config := METHODS[settings.method].config: own["source"] = config(settings.dataset)
         if METHODS[settings.method].draws_on_bank: own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":
         own |= {"bank": stage_config("bank", settings), "vae": stage_config("train_vae", reference_settings(settings))}

@@ -53,7 +53,8 @@ class Plateau:
 @dataclass(frozen=True)
 class Attack:
     "Hold the result of `attack`, on the device of its input."
-    x_a: torch.Tensor # [n,restarts,C,H,W] in [0,1]
+    x_a: torch.Tensor # [n,restarts,C,H,W] in [0,1], the best iterates
+    x_last: torch.Tensor # [n,restarts,C,H,W] in [0,1], the last iterates
     kl_start: torch.Tensor # [n,restarts], nats, at the random start, projected into ball and pixel range
     kl: torch.Tensor # [n,restarts], nats, at x_a
 
@@ -62,9 +63,10 @@ def project_linf(
     x, # [m,C,H,W] in [0,1]
     shift, # [m,C,H,W]
     delta, # radius of the ball, in the unit of x
+    pixels=(0, 1), # lowest and highest value of a pixel, each a number or [m,1,1,1]
 ): # [m,C,H,W] in [0,1]
     "Add the shift to x, projected into the ball and the pixel range."
-    return (x + shift.clamp(-delta, delta)).clamp(0, 1)
+    return (x + shift.clamp(-delta, delta)).clamp(*pixels)
 
 # %% ../../nbs/metrics/04_robustness.ipynb #cell046
 @torch.enable_grad()
@@ -75,25 +77,27 @@ def gradient_ascent(
     steps, # number of gradient steps
     lr, # initial step size
     delta, # radius of the ball
+    pixels=(0, 1), # as of `project_linf`
     file=None, # where an interrupted search is stored; None: nowhere
-): # [m,C,H,W]
-    "Return the best iterate x_a of each row. The first gradient is taken at the start itself, even outside the ball."
+): # [m,C,H,W] twice
+    "Return each row's best and last iterate. The first gradient is taken at the start itself, even outside the ball."
     with torch.no_grad(): q = vae.encode(x)
-    best = project_linf(x, shift, delta)
+    best = project_linf(x, shift, delta, pixels)
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
     plateau, now = Plateau(lr, kl), {"eps": shift.clone(), "best": best, "kl": kl}
     for i in resumable_range(steps + 1, file, now, vars(plateau)):
-        x_i = (x + now["eps"]).clamp_(0, 1).requires_grad_()
+        x_i = (x + now["eps"]).clamp_(*pixels).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
         slope, = torch.autograd.grad(value.sum(), x_i)
         value, x_i = value.detach(), x_i.detach()
         better = (value > now["kl"]) & (i > 0)
         now["kl"] = torch.where(better, value, now["kl"])
         torch.where(better.view(-1, 1, 1, 1), x_i, best, out=best)
+        if i == steps: continue
         step = plateau.rate.to(x).view(-1, 1, 1, 1)
         now["eps"] = x_i.sub_(x).addcmul_(step, slope).clamp_(-delta, delta) # in place, to save memory
         plateau.step(-value)
-    return best
+    return best, x_i
 
 # %% ../../nbs/metrics/04_robustness.ipynb #048f576d
 def attack(
@@ -104,6 +108,7 @@ def attack(
     lr: float=1., # initial step size
     delta: float=.1, # radius of the ball, in the unit of x
     seed: int=0, # of the starts
+    own_range: bool=False, # keep each attacked image between its image's lowest and highest pixel
     file=None, # where an interrupted search is stored; None: nowhere
 ) -> Attack:
     "Attack the encoder (Kuzina et al. 2022). Raises `TypeError` or `ValueError` for images that are not in [0,1]."
@@ -111,12 +116,13 @@ def attack(
     noise, shape = generator("attack", seed), (len(x), restarts, *x.shape[1:])
     start = .2*torch.randn(shape, generator=noise, dtype=torch.float32).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
+    pixels = (x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)) if own_range else (0, 1)
     with evaluating(vae), unchecked(vae):
-        with matmul_precision("medium"): x_a = gradient_ascent(vae, x, start, steps, lr, delta, file)
+        with matmul_precision("medium"): best, last = gradient_ascent(vae, x, start, steps, lr, delta, pixels, file)
         with torch.no_grad():
-            first = project_linf(x, start, delta)
-            kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (first, x_a))
-    return Attack(*(t.unflatten(0, (-1, restarts)) for t in (x_a, kl_start, kl)))
+            first = project_linf(x, start, delta, pixels)
+            kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (first, best))
+    return Attack(*(t.unflatten(0, (-1, restarts)) for t in (best, last, kl_start, kl)))
 
 # %% ../../nbs/metrics/04_robustness.ipynb #cell053
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def ms_ssim(
     y: torch.Tensor, # [n,C,H,W] in [0,1]
     window: int=14, # side of the window, pixels
     sigma: float=1.5, # of the Gaussian, pixels
-    coarse: int=1, # power of the coarsest scale: 1 as published, 4 as in the code of Kuzina et al.
+    kuzina: bool=False, # as the code of Kuzina et al. (2022) computes it, which differs in two points
 ) -> torch.Tensor: # float64 [n], in [0,1]
     "Compute MS-SSIM (Wang et al. 2003) at any size. Raises `ValueError` for other shapes or values outside [0,1]."
     for t in x, y: check_unit(t)
@@ -55,6 +55,8 @@ def ms_ssim(
     x, y = (t.double().flatten(0, 1)[:, None] for t in (x, y))
     for i, weight in enumerate(SCALE_WEIGHTS):
         full, cs = ssim(x, y, window, sigma)
-        result = result*(cs.relu()**weight if i < 4 else full.relu()**(weight*coarse))
+        factor = cs if i < 4 else full
+        if kuzina: factor = factor.view(n, -1).mean(1) # over the channels
+        result = result*factor.relu()**(4*weight if kuzina and i == 4 else weight)
         if min(x.shape[2:]) > 1: x, y = avg_pool2d(x, 2), avg_pool2d(y, 2)
     return result.view(n, -1).mean(1)
