@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'name_metric', 'run_markdown', 'interval', 'difference', 'compared',
-           'result', 'comparison', 'claims', 'differences', 'more_samples', 'means', 'similarities',
+           'result', 'comparison', 'repetitions', 'claims', 'differences', 'more_samples', 'means', 'similarities',
            'bits_per_dimension', 'listed', 'means_with_intervals', 'outcomes', 'said', 'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
@@ -118,12 +118,20 @@ def comparison(
     below = f"{provenance(table, s)} {interval_basis(table, s.k)}"
     return f"{summary_markdown(summarize(table, s.k), reported_by_paper(s))}\n\n{below}"
 
+def repetitions(
+    found: dict, # as in `result`
+) -> str: # a sentence
+    "Say how large the banks of DMaaPx are, and how often training repeats a sample."
+    said = [f"{s.epochs/s.k:g} times with k = {s.k}" + (f" ({label})" if label else "")
+            for label, (_, s) in found.items()]
+    return f"The bank of DMaaPx is k times as large as the training set, and each sample is seen {', '.join(said)}."
+
 def claims(
     found: dict, # as in `result`
 ) -> str: # Markdown
-    "Write the verdicts on the paper's claims, a column a comparison."
+    "Write the verdicts on the paper's claims, a column a comparison, and the banks behind them."
     named = {label or "DMaaPx minus the other [95 % interval]": judge_claims(t, s.k) for label, (t, s) in found.items()}
-    return claims_markdown(named)
+    return claims_markdown(named) + "\n\n" + repetitions(found)
 
 # %% ../../nbs/harness/17_pages.ipynb #pages019
 def differences(
@@ -245,6 +253,7 @@ def what_was_run(
     "Write how much was run for each comparison, and on which likelihood."
     words = {"mol": "mixture of logistics", "gaussian": "Gaussian", "bernoulli": "Bernoulli", "binomial": "binomial"}
     rows = {name: {"training images": f"{s.n_train:,}" if s.n_train else "all", "likelihood": words[s.likelihood],
-                   "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k, "runs": t.config.nunique()}
+                   "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k, "times each sample is seen": f"{s.epochs/s.k:g}",
+                   "runs": t.config.nunique()}
             for name, (t, s) in found.items()}
-    return pd.DataFrame(rows).T.to_markdown(colalign=["left", "right", "left", *["right"]*4])
+    return pd.DataFrame(rows).T.to_markdown(colalign=["left", "right", "left", *["right"]*5])
