@@ -83,7 +83,7 @@ sys.path.insert(0, "workflow")
 import forks
 import vae_diffusion
 from vae_diffusion import metrics
-from vae_diffusion.harness import figures, results, runs, settings
+from vae_diffusion.harness import comparisons, figures, results, runs, settings
 assert Path(vae_diffusion.__file__).is_relative_to(Path.cwd())
 chosen = dataclasses.replace(settings.load_params("bars", "cpu"), methods=("normal", "noise", "dmaapx"), seeds=(0, 1),
                              epochs=2, dm_images=1000, n_test=20, ks=(2,))
@@ -93,8 +93,8 @@ for run in results.grid(chosen):
     assert measured <= {*runs.read_results(run).metric}, (run.stage, measured)
 table, missing = results.collect_results(chosen)
 assert not missing
-print(results.summary_markdown(results.summarize(table, chosen.k)))
-print(results.claims_markdown({"Bars": results.judge_claims(table, chosen.k)}))
+print(comparisons.summary_markdown(comparisons.summarize(table, chosen.k)))
+print(comparisons.claims_markdown({"Bars": comparisons.judge_claims(table, chosen.k)}))
 drawn = figures.figures_from_results(table, chosen)["gaps"]
 print([ax.get_xlabel() for ax in drawn.axes], [label.get_text() for label in drawn.axes[0].get_yticklabels()])
 """

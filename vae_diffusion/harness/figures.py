@@ -11,7 +11,9 @@ import textwrap
 import matplotlib as mpl
 import numpy as np
 import torch
-from .results import METRICS, at_k, last_epoch, reported_by_paper, seed_interval, welch_difference
+from .comparisons import compare, seed_interval
+from .results import at_k, last_epoch, reported_by_paper
+from ..metrics import METRICS
 from .style import COLORS, STYLE, draw_means, make_subplots, methods_shown, name_scale
 from ..levels import check_unit
 from ..sources import METHODS
@@ -160,11 +162,11 @@ def draw_differences(
     methods: list, # of names, from the top
     paper, # from `results.reported_by_paper`
 ):
-    "Draw each method's difference from normal training, its 95 % Welch interval and the paper's last one."
+    "Draw each method's difference from normal training, its 95 % interval and the paper's last one."
     p = paper[(paper.epoch == paper.epoch.max()) & (paper.metric == metric)].set_index("method").value
     for y, method in enumerate(reversed(methods)):
         if method not in set(table.method): continue
-        mean, low, high = welch_difference(table, metric, method, k=k)
+        mean, low, high, *_ = compare(table, metric, method, k=k)
         ax.plot([low, high], [y, y], color=COLORS[method], lw=2.2, alpha=.45, solid_capstyle="butt")
         ax.plot(mean, y, "|", ms=8, color=COLORS[method], mew=1.6)
         if method in p: ax.plot(p[method] - p["normal"], y, "D", ms=3.5, mfc="none", mec=COLORS[method], mew=.8)

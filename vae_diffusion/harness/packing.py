@@ -35,7 +35,7 @@ def is_packed(
 ) -> bool:
     "Tell whether a file of a run is packed."
     if name == "notebook.ipynb" or any(part.startswith(".") for part in name.split("/")): return False
-    if not done or name in ("config.json", "metrics.csv", "SHA256SUMS"): return True
+    if not done or name in ("config.json", "metrics.csv", "values.safetensors", "SHA256SUMS"): return True
     if name.startswith(("figures/", "pipeline")): return True
     if not re.fullmatch(r"(last|best|epoch\d+)\.safetensors", name): return False
     return weights or last and name == "last.safetensors"

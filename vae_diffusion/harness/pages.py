@@ -11,9 +11,9 @@ __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'name_metric', 'run_m
 import math
 import pandas as pd
 from ..core.errors import ProjectError
-from .results import LABELS, judge_claims, last_epoch, provenance
-from .results import (
-    claims_markdown, reported_by_paper, summarize, summary_markdown, welch_difference)
+from .comparisons import (
+    claims_markdown, compare, direction, interval_basis, judge_claims, summarize, summary_markdown)
+from .results import LABELS, last_epoch, provenance, reported_by_paper
 from .tables import table_markdown
 from ..metrics import METRICS, Metric
 
@@ -78,24 +78,22 @@ def interval(
 def difference(
     table: pd.DataFrame, # tidy results
     metric: str, # in question
-    *args, # as of `welch_difference` after the metric
-    **options, # as of `welch_difference`
+    *args, # as of `compare` after the metric
+    **options, # as of `compare`
 ) -> str: # such as +4.6 [+0.1, +9.2]
-    "Write the difference of two methods with its 95 % Welch interval over seeds; - where there are too few."
-    try: return interval(*welch_difference(table, metric, *args, **options), about(metric).decimals)
+    "Write the difference of two methods with its 95 % interval; - where there are too few seeds."
+    try: return interval(*compare(table, metric, *args, **options)[:3], about(metric).decimals)
     except ProjectError: return "-"
 
 def compared(
     metric: str, # in question
-    mean: float, # of a difference
-    low: float, # of its interval
-    high: float, # of its interval
+    c, # difference, a `Contrast`
+    sign: int, # which way it is shown to be, from `direction`
 ) -> str: # such as higher, +4.6 nats [+0.1, +9.2]
     "Say which way a metric differs."
     more, less = ("larger", "smaller") if "gap" in metric else ("higher", "lower")
-    word = more if low > 0 else less if high < 0 else "not shown to differ"
-    number, rest = interval(mean, low, high, about(metric).decimals).split(" ", 1)
-    return f"{word}, {number} {about(metric).unit} {rest}"
+    number, rest = interval(*c[:3], about(metric).decimals).split(" ", 1)
+    return f"{['not shown to differ', more, less][sign]}, {number} {about(metric).unit} {rest}"
 
 # %% ../../nbs/harness/17_pages.ipynb #pages014
 RESULT = "elbo_test", "generalization_gap", "amortization_gap", "robustness_gap", "elbo_star_test"
@@ -106,7 +104,7 @@ def result(
     "Say how DMaaPx differs from normal training after the last epoch, a line a metric."
     lines = []
     for metric in RESULT:
-        parts = [compared(metric, *welch_difference(t, metric, "dmaapx", k=s.k)) + (f" ({label})" if label else "")
+        parts = [compared(metric, *direction(t, metric, k=s.k)) + (f" ({label})" if label else "")
                  for label, (t, s) in found.items()]
         lines.append(f"- **{about(metric).label}**: " + "; ".join(parts))
     return "\n".join(lines)
@@ -117,7 +115,8 @@ def comparison(
     s, # their `Settings`
 ) -> str: # Markdown
     "Write the table of means with the paper's numbers, and what was run below it."
-    return summary_markdown(summarize(table, s.k), reported_by_paper(s)) + "\n\n" + provenance(table, s)
+    below = f"{provenance(table, s)} {interval_basis(table, s.k)}"
+    return f"{summary_markdown(summarize(table, s.k), reported_by_paper(s))}\n\n{below}"
 
 def repetitions(
     found: dict, # as in `result`
@@ -156,7 +155,7 @@ def more_samples(
     pairs=None, # (k, smaller k) of each row; all neighbours if None
     banks: dict={"dmaapx": "gain in test ELBO / nats"}, # method -> title of its column
 ) -> str: # Markdown
-    "Write what larger banks gain in test ELBO, with 95 % Welch intervals over seeds."
+    "Write what larger banks gain in test ELBO, with 95 % intervals."
     ks = sorted(table[table.method.isin(banks)].k.dropna().astype(int).unique())
     lines = ["| | " + " | ".join(banks.values()) + " |", "|---|" + "---:|"*len(banks)]
     for b, a in pairs or [*zip(ks[1:], ks)]:
@@ -211,7 +210,7 @@ def listed(
 def means_with_intervals(
     runs: dict, # label -> tidy results of runs that differ in the seed alone
 ) -> str: # Markdown
-    "Write the metrics of the comparison with their 95 % Student-t intervals over seeds, a row each."
+    "Write the metrics of the comparison with their 95 % intervals, a row each."
     tables = pd.concat([
         summarize(t.assign(method="normal", k=None), None).assign(label=label) for label, t in runs.items()])
     cells = {(r.label, METRICS[r.metric].label): f"{r.mean:.{d}f} ± {(r.high - r.low)/2:.{d}f}"
@@ -223,14 +222,13 @@ def means_with_intervals(
 def outcomes(
     found: dict, # as in `result`
     metric: str, # in question
-    against: str="normal", # as of `welch_difference`
+    against: str="normal", # as of `direction`
 ) -> dict: # "more", "less", "open" -> such as "+4.6 on digits and +6.8 on BinaryMNIST", "" where there is none
     "Sort comparisons by what they show of a metric."
     lists = {"more": [], "less": [], "open": []}
     for label, (t, s) in found.items():
-        mean, low, high = welch_difference(t, metric, "dmaapx", against, s.k)
-        kind = "more" if low > 0 else "less" if high < 0 else "open"
-        lists[kind].append(f"{mean:+.{about(metric).decimals}f} on {label}")
+        c, sign = direction(t, metric, against, s.k)
+        lists[["open", "more", "less"][sign]].append(f"{c.mean:+.{about(metric).decimals}f} on {label}")
     return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
 
 # %% ../../nbs/harness/17_pages.ipynb #pages035

@@ -141,13 +141,18 @@ def finish_run(
     seconds, # of computing
     device="cpu", # where it computed
 ) -> pd.DataFrame: # tidy results
-    "Complete the rows, write them, which marks the run as done, and unlock its folder."
+    """Complete the rows, write them, which marks the run as done, and unlock its folder.
+
+    Before that, the values of images are written to `values.safetensors`, for each metric those of the last row that
+    has them; of the runs of VAEs alone."""
     settings, of_vae = run.settings, run.stage in ("train_vae", "measure_gaps")
     common = {"dataset": settings.dataset, "scale": settings.scale, "method": run.stage, "seed": None, "k": None,
               "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
     if of_vae:
         common |= {"method": settings.method, "seed": settings.seed}
         if METHODS[settings.method].draws_on_bank: common["k"] = settings.k
+        values = {r["metric"]: torch.as_tensor(r["values"], dtype=torch.float32) for r in rows if "values" in r}
+        if values: files.save_tensors(run.folder/"values.safetensors", values)
     table = pd.DataFrame([common | r for r in rows]).reindex(columns=COLUMNS)
     with files.atomic_write(run.results, checksum=True) as tmp:
         table.to_csv(tmp, index=False, float_format="%.6g", lineterminator="\n")

@@ -9,7 +9,8 @@ __all__ = ['PAPER', 'SOLVERS', 'count_evaluations', 'paired_differences', 'cheap
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from .results import last_epoch, seed_interval
+from .comparisons import seed_interval
+from .results import last_epoch
 from .style import COLORS, STYLE, draw_means, make_subplots, name_scale
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell005

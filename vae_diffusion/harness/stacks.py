@@ -11,7 +11,7 @@ from ..core import files, locks
 from ..core.files import digest
 from .builders import build_dataset, build_vae, require_bank
 from .identity import Run, stage_config
-from .measurements import curve_rows, measure_elbos
+from .measurements import curve_rows, image_elbos, measure_elbos
 from .runs import device, finish_run, open_run
 from ..sources import METHODS, training_source
 
@@ -57,9 +57,12 @@ def train_runs(
     fits = training.fit_stack(members, len(images.train), images.levels, s.epochs, s.batch, s.lr, epochs, s.gaps_at,
                               compile=s.compile, decay=s.lr_decay)
     for run, member, fit in zip(runs, members, fits):
+        kept = {s.epochs: image_elbos(member.vae, images, s.elbo_samples)}
         for name, weights in {"last": member.vae.state_dict(), "best": fit.best}.items():
             files.save_tensors(run.folder/f"{name}.safetensors", weights)
-        finish_run(run, curve_rows(fit.curve, fit.best_epoch, images), fit.seconds, device())
+        member.vae.load_state_dict(fit.best)
+        kept[fit.best_epoch] = image_elbos(member.vae, images, s.elbo_samples)
+        finish_run(run, curve_rows(fit.curve, fit.best_epoch, images, kept), fit.seconds, device())
         (run.folder/"checkpoint.safetensors").unlink()
 
 # %% ../../nbs/harness/07_stacks.ipynb #e38c1987

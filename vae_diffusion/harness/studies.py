@@ -27,6 +27,7 @@ from .runs import read_results
 from .settings import Settings, collect_settings, load_params
 from .style import STYLE, make_subplots, save_figure, name_scale
 from .tables import COLUMNS, read_table, write_table
+from .values import publish_values
 from ..sources import METHODS
 
 # %% ../../nbs/harness/13_studies.ipynb #72ec57bb
@@ -207,7 +208,9 @@ def publish_study(
 ):
     "Store results and figures of a study as the published ones, and its diffusion model. Raises as `collect_study`."
     results, folder = collect_study(study), paths.figures()/f"{study.dataset}-{study.scale}"
-    write_table(results, paths.results()/f"{study.name}.csv")
+    file = paths.results()/f"{study.name}.csv"
+    if "measure_gaps" in study.stages: publish_values(results, file) # methods are compared
+    write_table(results, file)
     for name, drawn in study_figures(results, study.name).items(): save_figure(drawn, folder, name)
     save_figure(forest_plot(complete_comparisons(), OVERVIEW), paths.figures(), "overview")
     runs = [run for _, run in study.runs()]

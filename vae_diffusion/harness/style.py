@@ -12,7 +12,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from .. import data
 from ..core import files
-from .results import at_k, seed_interval
+from .comparisons import seed_interval
+from .results import at_k
 from ..sources import METHODS
 
 # %% ../../nbs/harness/09_style.ipynb #478e650a

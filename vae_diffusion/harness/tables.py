@@ -23,12 +23,13 @@ def result_row(
     epoch=None, # effective epoch; None: there is none
     unit="nats", # of the value
 ) -> dict: # column -> value
-    "Make a row of a single result. Raises `ProjectError` if it is not finite."
+    "Make a row of a single result, with the values of the images. Raises `ProjectError` if it is not finite."
     v = torch.as_tensor(value, dtype=torch.float64).flatten()
     bad = int((~torch.isfinite(v)).sum())
     if bad: raise ProjectError(f"{metric} is not finite for {bad} of {len(v)} images")
     stderr = (v.std()/len(v)**.5).item() if len(v) > 1 else None
-    return {"metric": metric, "value": v.mean().item(), "stderr": stderr, "n": len(v), "epoch": epoch, "unit": unit}
+    row = {"metric": metric, "value": v.mean().item(), "stderr": stderr, "n": len(v), "epoch": epoch, "unit": unit}
+    return row | ({"values": v.tolist()} if len(v) > 1 else {})
 
 # %% ../../nbs/harness/02_tables.ipynb #3bed70cb
 def write_table(
