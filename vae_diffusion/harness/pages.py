@@ -253,7 +253,7 @@ def what_was_run(
     "Write how much was run for each comparison, and on which likelihood."
     words = {"mol": "mixture of logistics", "gaussian": "Gaussian", "bernoulli": "Bernoulli", "binomial": "binomial"}
     rows = {name: {"training images": f"{s.n_train:,}" if s.n_train else "all", "likelihood": words[s.likelihood],
-                   "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k, "times each sample is seen": f"{s.epochs/s.k:g}",
-                   "runs": t.config.nunique()}
+                   "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k,
+                   "times each sample is seen": f"{s.epochs/s.k:g}", "runs": t.config.nunique()}
             for name, (t, s) in found.items()}
     return pd.DataFrame(rows).T.to_markdown(colalign=["left", "right", "left", *["right"]*5])
