@@ -198,7 +198,8 @@ def claim_text(
     "Write a claim's difference, interval and verdict."
     r = next(claims[claims.claim == claim].itertuples(), None)
     if r is None: return "-"
-    return f"{r.difference:+.{decimals}f} [{r.low:+.{decimals}f}, {r.high:+.{decimals}f}] **{r.verdict}**"
+    difference, low, high = (f"{x:+z.{decimals}f}" for x in (r.difference, r.low, r.high))
+    return f"{difference} [{low}, {high}] **{r.verdict}**"
 
 # %% ../../nbs/harness/09_comparisons.ipynb #cell028
 def claims_markdown(

@@ -73,7 +73,8 @@ def interval(
     decimals: int=1, # shown
 ) -> str: # such as +4.6 [+0.1, +9.2]
     "Write a difference with its interval."
-    return f"{mean:+.{decimals}f} [{low:+.{decimals}f}, {high:+.{decimals}f}]"
+    mean, low, high = (f"{x:+z.{decimals}f}" for x in (mean, low, high)) # z: no -0.0
+    return f"{mean} [{low}, {high}]"
 
 def difference(
     table: pd.DataFrame, # tidy results
