@@ -175,6 +175,7 @@ def test_a_grid_by_the_workflow_has_the_numbers_of_each_run_alone(tmp_path, monk
                 assert {f.name for f in r.folder.glob("[!.]*")} == {
                     "config.json",
                     "metrics.csv",
+                    "values.safetensors",
                     "SHA256SUMS",
                     "best.safetensors",
                     "last.safetensors",
