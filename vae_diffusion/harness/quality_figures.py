@@ -27,7 +27,7 @@ def diffusion_curve(
     parts = {"bound_test": ("test images", "-"), "bound_train": ("training images", "--")}
     t = table[table.metric.isin(parts)].assign(low=lambda t: t.value - t.stderr, high=lambda t: t.value + t.stderr)
     plot = so.Plot(t.reset_index(drop=True), x="epoch", linestyle="metric").add(so.Line(color=REAL), y="value", legend=False)
-    plot = plot.add(so.Band(color=REAL, alpha=.15), ymin="low", ymax="high", legend=False)
+    plot = plot.add(so.Band(color=REAL, alpha=.15), ymin="low", ymax="high", group="metric", legend=False)
     plot = plot.scale(linestyle={metric: style for metric, (_, style) in parts.items()})
     fig = draw_plot(plot.label(x="effective epoch", y="bound on log p / nats per image\n(higher is better)"), 2.5, title, 5)
     fig.axes[0].set_ylim(t[t.epoch > t.epoch.max()*.15].low.min() - 2*t.stderr.max(), None)
@@ -193,6 +193,7 @@ def draw_race(
     looks: dict, # variant -> color, marker, line style
 ):
     "Draw one data set's bounds and two-sample tests over processor time."
+    real = table[table.metric == "two_sample_test"].value.iloc[0]
     color, marker, style = ({name: look[i] for name, look in looks.items()} for i in range(3))
     for ax, metric, points in (bound, "bound_train", 0), (accuracy, "two_sample_sample", 4):
         t = pd.concat([training_curve(v, metric) for _, v in table.groupby("variant")], ignore_index=True)
@@ -202,9 +203,9 @@ def draw_race(
         if points: plot = plot.add(so.Range(linewidth=.8, linestyle="-"), ymin="low", ymax="high", legend=False)
         plot.scale(x="log", color=color, marker=marker, linestyle=style).theme(STYLE).on(ax).plot()
         end, low = t.seconds.max(), t[t.seconds > t.seconds.max()/12].value.min()
-        ax.set(xlim=(end/12, 1.15*end), ylim=(low if ax is bound else .45, None))
+        ax.set(xlim=(end/12, 1.15*end), ylim=(low if ax is bound else real - .03, None))
         set_log_ticks(ax.xaxis, [round(end/d) for d in (8, 4, 2, 1)])
-    accuracy.axhline(table[table.metric == "two_sample_test"].value.iloc[0], color=REAL, zorder=0)
+    accuracy.axhline(real, color=REAL, zorder=0)
     accuracy.set_xlabel("processor time / s")
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #3f0c51ad
@@ -216,14 +217,14 @@ def optimizers_figure(
     """Draw bounds on log p of training images (higher is better) and two-sample tests of samples (lower is better).
 
     Each data set has a column. The grey line is the two-sample test of real images; bars are two standard errors."""
-    fig, axes = make_subplots(2, len(tables), figsize=(WIDTH, 3.8), sharex="col", squeeze=False)
+    fig, axes = make_subplots(2, len(tables), figsize=(WIDTH, 4.2), sharex="col", squeeze=False)
     found = pd.concat(tables.values()).variant.unique()
     looks = dict(zip(found, zip(VARIANTS, MARKERS, DASHES)))
     for (bound, accuracy), (dataset, table) in zip(axes.T, tables.items()):
         draw_race(bound, accuracy, table, looks)
         bound.set_title(name_scale(dataset))
     axes[0, 0].set_ylabel("bound on log p / nats\n(higher is better)")
-    axes[1, 0].set_ylabel("told from images, accuracy\n(lower is better)")
+    axes[1, 0].set_ylabel("told from images: share\n(lower is better)")
     add_key(fig, {name: {"color": c, "marker": m, "ls": s, "ms": 4} for name, (c, m, s) in looks.items()}
             | {"test images": {"color": REAL}})
     fig.suptitle(title)
