@@ -9,6 +9,7 @@ __all__ = ['RIVALS', 'UNITS', 'AXIS_LABELS', 'summarize_benchmark', 'benchmark_m
 # %% ../../nbs/benchmark/05_report.ipynb #7dfd5685
 import matplotlib as mpl
 import pandas as pd
+import seaborn.objects as so
 from . import suite
 from ..harness import style
 
@@ -92,66 +93,59 @@ def project_hours(
     return pd.DataFrame({"hours": {name: 4*3*1000*n/rate(b)/3600 for name, (b, n) in sizes.items()}})
 
 # %% ../../nbs/benchmark/05_report.ipynb #cell030
+@mpl.rc_context(style.STYLE)
 def speed_figure(
     table: pd.DataFrame, # from `summarize_benchmark`
     title: str="", # over the figure
 ):
     "Draw the speed of each case over its rival's."
-    table = table[table.ratio.notna() & (table.case != table.benchmark.map(RIVALS))].iloc[::-1].reset_index()
-    with mpl.rc_context(style.STYLE):
-        fig, ax = style.make_subplots(figsize=(7, .6 + .24*len(table)))
-        ax.axvline(1, color="#999999", lw=.8)
-        for i, r in table.iterrows():
-            color = style.COLORS["dmaapx"] if r.case.startswith("ours") else "#666666"
-            ax.plot([r.ratio_low, r.ratio_high], [i, i], color=color, alpha=.4, lw=3, solid_capstyle="butt")
-            ax.plot(r.ratio, i, "o", color=color, ms=4)
-            text = {"textcoords": "offset points", "va": "center", "fontsize": 7, "color": color}
-            ax.annotate(f"{r.ratio:.1f}×", (r.ratio_high, i), xytext=(5, 0), **text)
-        ax.set_yticks(range(len(table)), [f"{r.benchmark}: {r.case}" for r in table.itertuples()])
-        ax.set(xscale="log", xlabel="speed / rival's speed: median and range", title=title)
-        low, high = .8*table.ratio_low.min(), 1.5*table.ratio_high.max()
-        ticks = [t for t in (.25, .5, 1, 2, 5, 10, 20, 50, 100) if low <= t <= high]
-        ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
-        ax.minorticks_off()
-        ax.set_xlim(.8*min(table.ratio_low.min(), 1), 3*table.ratio_high.max())
-        first = table.groupby("benchmark", sort=False).head(1).index
-        for i in first[1:]: ax.axhline(i - .5, color="#dddddd", lw=.6)
-        for benchmark, rows in table.groupby("benchmark").groups.items():
-            place = {"transform": ax.get_yaxis_transform(), "va": "center"}
-            ax.text(1.02, rows.max(), RIVALS[benchmark], fontsize=8, color="#666666", **place)
-        ax.text(1.02, len(table) - .35, "rival", transform=ax.get_yaxis_transform(), fontsize=8)
+    t = table[table.ratio.notna() & (table.case != table.benchmark.map(RIVALS))].reset_index(drop=True)
+    t = t.assign(label=t.benchmark + ": " + t.case, kind=t.case.str.startswith("ours").map({True: "ours", False: "other"}))
+    plot = style.add_means(so.Plot(t.rename(columns={"ratio": "mean", "ratio_low": "low", "ratio_high": "high"})
+                                   .assign(seed_value=float("nan")), y="label", color="kind"))
+    plot = plot.scale(color={"ours": style.COLORS["dmaapx"], "other": style.REAL})
+    fig = style.draw_plot(plot.label(x="speed / rival's speed: median and range (better →)", y=""), .6 + .24*len(t), title)
+    ax, place = fig.axes[0], {"textcoords": "offset points", "va": "center"}
+    ax.axvline(1, color=style.REAL, lw=.8, zorder=0)
+    for i, r in t.iterrows():
+        at, side = (r.ratio_low, -1) if r.ratio < 1 else (r.ratio_high, 1)
+        ax.annotate(f"{r.ratio:.1f}×", (at, i), xytext=(5*side, 0), ha="left" if side > 0 else "right", **place)
+        if not i or t.benchmark[i - 1] != r.benchmark:
+            ax.annotate(f"rival: {RIVALS[r.benchmark]}", (1, i), xycoords=("axes fraction", "data"), xytext=(5, 0), **place)
+            if i: ax.axhline(i - .5, color="0.85", lw=.6)
+    low, high = .6*min(t.ratio_low.min(), 1), 3*t.ratio_high.max()
+    ax.set(xscale="log", xlim=(low, high))
+    style.set_log_ticks(ax.xaxis, [x for x in (.25, .5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high])
     return fig
 
 # %% ../../nbs/benchmark/05_report.ipynb #report07
 AXIS_LABELS = {
-    "train": "training images", "k": "k", "side": "image side / px", "batch": "batch size", "width": "hidden width"}
+    "train": "training images", "k": "bank size k", "side": "image side / px", "batch": "batch size",
+    "width": "hidden width"}
 
 # %% ../../nbs/benchmark/05_report.ipynb #9b8010b8
+@mpl.rc_context(style.STYLE)
 def growth_figure(
     table: pd.DataFrame, # as stored
     title: str="", # over the figure
 ):
-    "Draw milliseconds per training step and memory against one number at a time."
-    t = table[table.benchmark == "growth"].assign(ms=lambda t: 1e3/t.value)
-    with mpl.rc_context(style.STYLE):
-        fig, axes = style.make_subplots(2, len(suite.GROWTH), figsize=(7, 2.9), sharex="col", sharey="row")
-        for column, (name, values) in zip(axes.T, suite.GROWTH.items()):
-            g = t[t.case == name].groupby("x")
-            for ax, what in zip(column, ("ms", "memory")):
-                low, mid, high = g[what].min(), g[what].median(), g[what].max()
-                ax.fill_between(mid.index, low, high, color=style.COLORS["aug_tuned"], alpha=.2, lw=0)
-                ax.plot(mid.index, mid, "o-", ms=3, color=style.COLORS["aug_tuned"])
-                ax.set(xscale="log", yscale="log")
-                labels = [f"{v:g}" if v < 1000 else f"{v//1000}k" for v in values]
-                ax.set_xticks(values, ["" if label == "30k" else label for label in labels]) # it would touch 60k
-                low, high = .7*t[what].min(), 1.4*t[what].max()
-                ticks = [y for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low < y < high]
-                ax.set_yticks(ticks, ticks)
-                ax.minorticks_off()
-            ax.set_xlabel(AXIS_LABELS[name])
-        axes[0, 0].set_ylabel("step / ms")
-        axes[1, 0].set_ylabel("memory / MB")
-        fig.suptitle(title, fontsize=8)
+    "Draw milliseconds per training step and memory against one number at a time (lower is better)."
+    t = table[table.benchmark == "growth"].assign(step=lambda t: 1e3/t.value)
+    t = t.melt(["case", "x"], ["step", "memory"], "what", "cost")
+    plot = so.Plot(t, x="x", y="cost").facet("case", "what", {"col": [*suite.GROWTH], "row": ["step", "memory"]})
+    plot = plot.add(so.Band(color=style.REAL), so.Est("median", ("pi", 100)), legend=False)
+    plot = plot.add(so.Line(color="black", marker="o", pointsize=3), so.Agg("median"), legend=False)
+    plot = plot.share(x="col", y="row").scale(x="log", y="log").label(x="", y="")
+    fig = style.draw_plot(plot, 3.2, title)
+    for i, ax in enumerate(fig.axes):
+        name, values = [*suite.GROWTH.items()][i % len(suite.GROWTH)]
+        ax.set_title("")
+        if i >= len(suite.GROWTH): ax.set_xlabel(AXIS_LABELS[name])
+        style.set_log_ticks(ax.xaxis, values if len(values) < 5 else values[::2])
+        low, high = ax.get_ylim()
+        style.set_log_ticks(ax.yaxis, [y for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low < y < high])
+    fig.axes[0].set_ylabel("step / ms\n(lower is better)")
+    fig.axes[len(suite.GROWTH)].set_ylabel("memory / MB\n(lower is better)")
     return fig
 
 # %% ../../nbs/benchmark/05_report.ipynb #230c6e7c
@@ -159,5 +153,7 @@ def benchmark_figures(
     table: pd.DataFrame, # as stored
 ) -> dict: # name -> `Figure`
     "Draw the published figures of one machine."
-    hardware = table.hardware.iloc[0]
-    return {"speed": speed_figure(summarize_benchmark(table), hardware), "growth": growth_figure(table, hardware)}
+    where = f"on {table.hardware.iloc[0]}"
+    growth = f"What a training step of ours costs as one number grows, {where}: median and range"
+    return {"speed": speed_figure(summarize_benchmark(table), f"How fast each part is beside its rival, {where}"),
+            "growth": growth_figure(table, growth)}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'name_metric', 'run_markdown', 'interval', 'difference', 'compared',
            'result', 'comparison', 'repetitions', 'claims', 'differences', 'more_samples', 'means', 'similarities',
-           'bits_per_dimension', 'listed', 'means_with_intervals', 'outcomes', 'said', 'overview', 'what_was_run']
+           'bits_per_dimension', 'listed', 'outcomes', 'said', 'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
@@ -208,17 +208,6 @@ def listed(
     "Write a table of one column."
     return "\n".join([f"| | {title} |", "|---|---:|", *(f"| {what} | {number} |" for what, number in rows.items())])
 
-def means_with_intervals(
-    runs: dict, # label -> tidy results of runs that differ in the seed alone
-) -> str: # Markdown
-    "Write the metrics of the comparison with their 95 % intervals, a row each."
-    tables = pd.concat([
-        summarize(t.assign(method="normal", k=None), None).assign(label=label) for label, t in runs.items()])
-    cells = {(r.label, METRICS[r.metric].label): f"{r.mean:.{d}f} ± {(r.high - r.low)/2:.{d}f}"
-             for r in tables.itertuples() for d in [METRICS[r.metric].decimals]}
-    t = pd.Series(cells).unstack().reindex(index=[*runs], columns=[m.label for m in METRICS.values()])
-    return t.fillna("-").to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
-
 # %% ../../nbs/harness/17_pages.ipynb #pages034
 def outcomes(
     found: dict, # as in `result`
@@ -229,7 +218,7 @@ def outcomes(
     lists = {"more": [], "less": [], "open": []}
     for label, (t, s) in found.items():
         c, sign = direction(t, metric, against, s.k)
-        lists[["open", "more", "less"][sign]].append(f"{c.mean:+.{about(metric).decimals}f} on {label}")
+        lists[["open", "more", "less"][sign]].append(f"{c.mean:+z.{about(metric).decimals}f} on {label}")
     return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
 
 # %% ../../nbs/harness/17_pages.ipynb #pages035

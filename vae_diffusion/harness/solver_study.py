@@ -7,11 +7,12 @@ __all__ = ['PAPER', 'SOLVERS', 'count_evaluations', 'paired_differences', 'cheap
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell002
 import matplotlib as mpl
-import numpy as np
 import pandas as pd
+import seaborn.objects as so
 from .comparisons import seed_interval
 from .results import last_epoch
-from .style import COLORS, STYLE, draw_means, make_subplots, name_scale
+from .style import (
+    DASHES, MARKERS, STYLE, VARIANTS, add_key, add_means, draw_plot, name_scale, set_log_ticks)
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell005
 def count_evaluations(
@@ -49,32 +50,31 @@ def cheapest_equal(
     return elbo.evaluations[same].idxmin() if same.any() else reference
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell010
-SOLVERS = { # name -> color, label
-    "heun": ("#666666", "Heun, the paper's"),
-    "multistep": (COLORS["dmaapx"], "multistep solver"),
-    "stochastic": ("#CC79A7", "stochastic solver")}
+SOLVERS = {"heun": "Heun, the paper's solver", "multistep": "multistep solver", "stochastic": "stochastic solver"}
 
 # %% ../../nbs/harness/11_solver_study.ipynb #ad36c6ba
+@mpl.rc_context(STYLE)
 def solver_figure(
     table: pd.DataFrame, # as in `paired_differences`
 ): # -> `Figure`
     "Draw the test ELBO of the VAEs against the evaluations of the sampler behind their bank (higher is better)."
+    t = last_epoch(table, "elbo_test").rename(columns={"value": "seed_value"})
+    t = t.assign(evaluations=t.variant.map(count_evaluations), solver=t.variant.str.split().str[0])
+    t = t.assign(x=t.evaluations*t.solver.map({name: 1.03**i for i, name in enumerate(SOLVERS)})) # side by side
+    means = [[*at, *seed_interval(v)] for at, v in t.groupby(["solver", "x"]).seed_value]
+    means = pd.DataFrame(means, columns=["solver", "x", "mean", "low", "high"])
+    levels = means[means.solver == "heun"].rename(columns={"low": "level_low", "high": "level_high"}).drop(columns="mean")
+    levels = levels.drop(columns="x").merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()]}), "cross")
+    plot = so.Plot(pd.concat([means, t, levels], ignore_index=True), x="x", color="solver", linestyle="solver", marker="solver")
+    plot = plot.add(so.Band(alpha=.1), ymin="level_low", ymax="level_high", legend=False)
+    plot = add_means(plot.add(so.Line(), y="mean", legend=False), "y", pointsize=5).scale(x="log")
+    looks = {name: (c, m, d) for name, c, m, d in zip(SOLVERS, VARIANTS, MARKERS, DASHES) if name in set(t.solver)}
+    color, marker, style = ({name: look[i] for name, look in looks.items()} for i in range(3))
+    plot = plot.scale(color=color, marker=marker, linestyle=style)
+    plot = plot.label(x="network evaluations per sample", y="test ELBO / nats per image\n(higher is better)")
     where = name_scale(table.dataset.iloc[0], table.scale.iloc[0])
-    elbo, ticks = last_epoch(table, "elbo_test"), sorted({count_evaluations(v) for v in table.variant})
-    with mpl.rc_context(STYLE):
-        fig, ax = make_subplots(figsize=(4, 2.8))
-        for solver, (color, label) in SOLVERS.items():
-            t = elbo[elbo.variant.str.startswith(solver)]
-            if t.empty: continue
-            by = t.groupby(t.variant.map(count_evaluations)).value
-            n = np.array(list(by.groups))
-            mean, low, high = draw_means(ax, n, [v for _, v in by], color, mew=.7, label=label)
-            if solver == "heun": ax.axhspan(low[0], high[0], color=color, alpha=.12, lw=0)
-        ax.set(xscale="log", xlabel="network evaluations per sample", ylabel="test ELBO / nats per image")
-        ax.set_xticks(ticks, ticks)
-        ax.minorticks_off()
-        ax.margins(y=.08)
-        legend = {"loc": "outside lower center", "ncols": 3, "columnspacing": 1.2, "handlelength": 1.2}
-        fig.legend(frameon=False, **legend)
-        fig.suptitle(f"{where}: mean, 95 % interval, {table.seed.nunique()} seeds", fontsize=9)
+    title = "test ELBO by the sampler of the bank\n(mean, 95 % interval and each of"
+    fig = draw_plot(plot, 3, f"{where}: {title} {table.seed.nunique()} seeds)")
+    set_log_ticks(fig.axes[0].xaxis, sorted(t.evaluations.unique()))
+    add_key(fig, {SOLVERS[k]: {"color": c, "marker": m, "ls": d, "ms": 5} for k, (c, m, d) in looks.items()})
     return fig

@@ -9,10 +9,12 @@ __all__ = ['FIGURES', 'with_changes', 'Study', 'study_files', 'verify_study', 'l
 
 # %% ../../nbs/harness/13_studies.ipynb #cell002
 import shutil
+import textwrap
 from dataclasses import asdict, dataclass
 from itertools import product
 import matplotlib as mpl
 import pandas as pd
+import seaborn.objects as so
 import yaml
 from .. import data
 from ..core import paths
@@ -20,12 +22,12 @@ from . import quality_figures, solver_study
 from ..core.errors import ProjectError
 from ..core.files import atomic_write
 from .builders import publish_weights
-from .figures import OVERVIEW, forest_plot
+from .figures import KEY, OVERVIEW, PAPER, forest_plot
 from .identity import Run
 from .results import reported_by_paper
 from .runs import read_results
 from .settings import Settings, collect_settings, load_params
-from .style import STYLE, make_subplots, save_figure, name_scale
+from .style import STYLE, add_key, draw_plot, name_scale, save_figure
 from .tables import COLUMNS, read_table, write_table
 from .values import publish_values
 from ..sources import METHODS
@@ -118,27 +120,32 @@ def load_published_study(
     return read_table(file)
 
 # %% ../../nbs/harness/13_studies.ipynb #68977ca4
+@mpl.rc_context(STYLE)
 def variant_curves(
     table, # tidy results of one method, with `variant`
     paper, # from `results.reported_by_paper`, drawn as open diamonds
     title: str="", # over the figure
 ): # -> `Figure`
-    "Draw the ELBO on training (dashed) and test images (solid) over effective epochs, one colour per variant."
-    method, last = table.method.iloc[0], table.epoch.max()
+    "Draw the ELBO on training (dashed) and test images over effective epochs, one panel per variant."
+    last, names = table.epoch.max(), [*dict.fromkeys(table.variant)]
     elbos = table[table.metric.isin(["elbo_train", "elbo_test"])]
-    with mpl.rc_context(STYLE):
-        fig, ax = make_subplots(figsize=(4.6, 2.7))
-        for i, (name, v) in enumerate(table.groupby("variant", sort=False)):
-            for metric, style in (("elbo_train", "--"), ("elbo_test", "-")):
-                t = v[v.metric == metric].groupby("epoch").value.mean()
-                ax.plot(t.index, t, style, color=f"C{i}", label=name if style == "-" else None)
-        p = paper[(paper.method == method) & (paper.epoch <= last) & paper.metric.isin(["elbo_train", "elbo_test"])]
-        if len(p): ax.plot(p.epoch, p.value, "D", ms=5, mfc="none", mec="black", label="the paper", zorder=3)
-        low = elbos[elbos.epoch >= last/5].value.min() - 1
-        ax.set(xlabel="effective epoch", ylabel="ELBO / nats per image")
-        ax.set(xlim=(0, last*1.03), ylim=(low, None))
-        ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, .5))
-        if title: fig.suptitle(title, fontsize=9)
+    p = paper[(paper.method == table.method.iloc[0]) & (paper.epoch <= last) & paper.metric.isin(elbos.metric)]
+    p = p.rename(columns={"value": "paper"}).merge(pd.DataFrame({"variant": names}), "cross")
+    t = pd.concat([elbos, p], ignore_index=True)
+    plot = so.Plot(t, x="epoch", linestyle="metric").facet("variant", wrap=4)
+    others = so.Line(color="0.85", linewidth=.8)
+    plot = plot.add(others, so.Agg(), y="value", group="variant", col=None, legend=False)
+    plot = plot.add(so.Line(color="black"), so.Agg(), y="value", legend=False)
+    plot = plot.add(so.Dot(color="black", **PAPER), y="paper", legend=False)
+    plot = plot.scale(linestyle={"elbo_train": "--", "elbo_test": "-"}).label(x="", y="")
+    fig = draw_plot(plot, 1.55*(1 + (len(names) - 1)//4) + .7, title)
+    for ax, name in zip(fig.axes, names):
+        ax.set_title(textwrap.fill(name.replace("lr ", "learning rate "), 22))
+        if ax.get_subplotspec().is_last_row(): ax.set_xlabel("effective epoch")
+        ax.set(xlim=(0, last*1.03), ylim=(elbos[elbos.epoch >= last/5].value.min() - 1, None))
+    fig.supylabel("ELBO / nats per image (higher is better)", fontsize=8)
+    key = {"test images": {}, "training images": {"ls": "--"}, "the other variants": {"color": "0.8"}}
+    add_key(fig, key | ({"the paper": KEY} if len(p) else {}))
     return fig
 
 # %% ../../nbs/harness/13_studies.ipynb #cell013
@@ -148,7 +155,7 @@ def draw_variants(
     "Draw the curves of a study's variants beside the paper's numbers."
     dataset, scale = table.dataset[0], table.scale[0]
     paper = reported_by_paper(load_params(dataset, scale))
-    return variant_curves(table, paper, f"{name_scale(dataset, scale)}: normal training (dashed: training images)")
+    return variant_curves(table, paper, f"{name_scale(dataset, scale)}: normal training, a panel for each variant")
 
 # %% ../../nbs/harness/13_studies.ipynb #eb752115
 def titled(
@@ -161,10 +168,10 @@ def titled(
 # %% ../../nbs/harness/13_studies.ipynb #27bc4455
 FIGURES = { # end of a study's name -> function of its results
     "samplers": solver_study.solver_figure,
-    "recipes": titled(quality_figures.recipes_figure, "recipes for the diffusion model"),
+    "recipes": titled(quality_figures.recipes_figure, "recipes of the diffusion model, nearest samples first;\nN: distribution of ln σ in training"),
     "normal": draw_variants,
     "networks": draw_variants,
-    "diffusion": titled(quality_figures.quality_figure, "while the diffusion model learns")}
+    "diffusion": titled(quality_figures.quality_figure, "what the diffusion model has learnt, as training goes on")}
 
 # %% ../../nbs/harness/13_studies.ipynb #c0de767f
 def study_figures(

@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['diffusion_training', 'bound_curve', 'bound_table', 'qualities', 'quality_table', 'quality_while_learning',
-           'search_length', 'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'solver_differences']
+           'search_length', 'variants', 'mean_curve', 'beside', 'gap_at_equal_fit', 'solver_differences',
+           'means_with_intervals']
 
 # %% ../../nbs/harness/18_study_pages.ipynb #stpage002
 import numpy as np
 import pandas as pd
 from . import solver_study
+from .comparisons import summarize
 from .pages import QUALITY, about, interval
 from .results import last_epoch
+from ..metrics import METRICS
 
 # %% ../../nbs/harness/18_study_pages.ipynb #stpage006
 def diffusion_training(
@@ -133,3 +136,15 @@ def solver_differences(
         for name, r in t.iterrows(): rows[name][about(metric).label] = interval(r.difference, r.low, r.high, 2)
     t = pd.DataFrame(rows).T.sort_values("evaluations")
     return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*3])
+
+# %% ../../nbs/harness/18_study_pages.ipynb #stpage901
+def means_with_intervals(
+    runs: dict, # label -> tidy results of runs that differ in the seed alone
+) -> str: # Markdown
+    "Write the metrics of the comparison with their 95 % intervals, a row each."
+    tables = pd.concat([
+        summarize(t.assign(method="normal", k=None), None).assign(label=label) for label, t in runs.items()])
+    cells = {(r.label, METRICS[r.metric].label): f"{r.mean:.{d}f} ± {(r.high - r.low)/2:.{d}f}"
+             for r in tables.itertuples() for d in [METRICS[r.metric].decimals]}
+    t = pd.Series(cells).unstack().reindex(index=[*runs], columns=[m.label for m in METRICS.values()])
+    return t.fillna("-").to_markdown(disable_numparse=True, colalign=["left", *["right"]*t.shape[1]])
