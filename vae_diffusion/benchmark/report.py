@@ -99,21 +99,23 @@ def speed_figure(
     title: str="", # over the figure
 ):
     "Draw the speed of each case over its rival's."
-    t = table[table.ratio.notna() & (table.case != table.benchmark.map(RIVALS))].reset_index(drop=True)
-    t = t.assign(label=t.benchmark + ": " + t.case, kind=t.case.str.startswith("ours").map({True: "ours", False: "other"}))
-    plot = style.add_means(so.Plot(t.rename(columns={"ratio": "mean", "ratio_low": "low", "ratio_high": "high"})
-                                   .assign(seed_value=float("nan")), y="label", color="kind"))
-    plot = plot.scale(color={"ours": style.COLORS["dmaapx"], "other": style.REAL})
-    fig = style.draw_plot(plot.label(x="speed / rival's speed: median and range (better →)", y=""), .6 + .24*len(t), title)
-    ax, place = fig.axes[0], {"textcoords": "offset points", "va": "center"}
+    names = {"ratio": "mean", "ratio_low": "low", "ratio_high": "high"}
+    t = table[table.ratio.notna() & (table.case != table.benchmark.map(RIVALS))].rename(columns=names)
+    t = t.assign(label=t.benchmark + ": " + t.case, ours=t.case.str.startswith("ours"), seed_value=float("nan"))
+    plot = style.add_means(so.Plot(t.reset_index(drop=True), y="label", color="ours"))
+    plot = plot.scale(color={True: style.COLORS["dmaapx"], False: style.REAL})
+    plot = plot.label(x="speed / rival's speed: median and range (better →)", y="")
+    fig = style.draw_plot(plot, .6 + .24*len(t), title)
+    ax, place, before = fig.axes[0], {"textcoords": "offset points", "va": "center"}, None
     ax.axvline(1, color=style.REAL, lw=.8, zorder=0)
-    for i, r in t.iterrows():
-        at, side = (r.ratio_low, -1) if r.ratio < 1 else (r.ratio_high, 1)
-        ax.annotate(f"{r.ratio:.1f}×", (at, i), xytext=(5*side, 0), ha="left" if side > 0 else "right", **place)
-        if not i or t.benchmark[i - 1] != r.benchmark:
-            ax.annotate(f"rival: {RIVALS[r.benchmark]}", (1, i), xycoords=("axes fraction", "data"), xytext=(5, 0), **place)
-            if i: ax.axhline(i - .5, color="0.85", lw=.6)
-    low, high = .6*min(t.ratio_low.min(), 1), 3*t.ratio_high.max()
+    for i, r in enumerate(t.itertuples()):
+        at, x, side = (r.low, -5, "right") if r.mean < 1 else (r.high, 5, "left")
+        ax.annotate(f"{r.mean:.1f}×", (at, i), xytext=(x, 0), ha=side, **place)
+        if r.benchmark == before: continue
+        rival, before = f"rival: {RIVALS[r.benchmark]}", r.benchmark
+        ax.annotate(rival, (1, i), xycoords=("axes fraction", "data"), xytext=(5, 0), **place)
+        if i: ax.axhline(i - .5, color="0.85", lw=.6)
+    low, high = .6*min(t.low.min(), 1), 3*t.high.max()
     ax.set(xscale="log", xlim=(low, high))
     style.set_log_ticks(ax.xaxis, [x for x in (.25, .5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high])
     return fig

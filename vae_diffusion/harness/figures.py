@@ -125,9 +125,10 @@ def normal_levels(
 ) -> pd.DataFrame: # label, mean, low, high
     "Average the test ELBO of normal training over seeds, at the last epoch and at the best epoch of each seed."
     rows, before = [], None
-    for metric, label in {"elbo_test": "Normal, last epoch", "elbo_test_best": "Normal, each seed's best epoch"}.items():
+    for metric, epoch in {"elbo_test": "last epoch", "elbo_test_best": "each seed's best epoch"}.items():
         values = last_epoch(table[table.method == "normal"], metric).value.tolist()
-        if values and sorted(values) != before: rows.append([label, *seed_interval(values)]) # the last may be the best
+        if values and sorted(values) != before: # the last epoch may be the best
+            rows.append([f"{LABELS['normal']}, {epoch}", *seed_interval(values)])
         before = sorted(values)
     return pd.DataFrame(rows, columns=["label", "mean", "low", "high"])
 
@@ -140,10 +141,11 @@ def elbo_against_k(
 ): # -> `Figure`
     "Draw the test ELBO after the last epoch against the size of the bank (higher is better)."
     t = last_epoch(table[table.method.isin(banks)], "elbo_test").rename(columns={"value": "seed_value"})
-    t = t.assign(label=t.method.map(banks), x=t.k.astype(float)*t.method.map({m: 1.05**i for i, m in enumerate(banks)})) # side by side
+    shift = {m: 1.05**i for i, m in enumerate(banks)} # side by side
+    t = t.assign(label=t.method.map(banks), x=t.k.astype(float)*t.method.map(shift))
     means = [[*at, *seed_interval(v)] for at, v in t.groupby(["label", "x"]).seed_value]
-    names = {"mean": "level", "low": "level_low", "high": "level_high"}
-    levels = normal_levels(table).rename(columns=names).merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()*1.1]}), "cross")
+    levels = normal_levels(table).rename(columns={"mean": "level", "low": "level_low", "high": "level_high"})
+    levels = levels.merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()*1.1]}), "cross")
     looks = {label: (COLORS["normal"], style) for label, style in zip(levels.label.unique(), DASHES)}
     looks |= {label: (COLORS["dmaapx"], style) for label, style in zip(banks.values(), DASHES)}
     color, style = ({label: look[i] for label, look in looks.items()} for i in (0, 1))
@@ -212,8 +214,8 @@ def search_curve(
     "Draw the mean ELBO during the search for q*, from both starts (higher is better)."
     starts = {"from the encoder": {"ls": "-"}, "from the prior": {"ls": "--"}}
     t = pd.DataFrame(np.asarray(trace), columns=[*starts]).assign(step=np.arange(len(trace)) + 1).melt("step")
-    plot = so.Plot(t, x="step", y="value", linestyle="variable").scale(linestyle={k: v["ls"] for k, v in starts.items()})
-    plot = plot.add(so.Line(color="0.2"), legend=False)
+    plot = so.Plot(t, x="step", y="value", linestyle="variable").add(so.Line(color="0.2"), legend=False)
+    plot = plot.scale(linestyle={start: look["ls"] for start, look in starts.items()})
     fig = draw_plot(plot.label(x="step of Adam", y="ELBO / nats per image\n(higher is better)"), 2.4, title, 5)
     top, span = float(trace.max()), float(trace.max() - trace[:, 0].min())
     fig.axes[0].set_ylim(top - max(3*span, 1), top + max(.3*span, .2))

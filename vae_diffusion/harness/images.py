@@ -70,8 +70,9 @@ def reconstructions_figure(
     images = {"test image": x[:6]} | {label: back[:6] for label, (back, _) in found.items()}
     differences = {label: 1 - (back - x[:6]).abs() for label, back in images.items()}
     notes = {label: [f"{v:.0f}".replace("-", "−") for v in elbo[:6]] for label, (_, elbo) in found.items()}
-    heads = "reconstruction, and the image's ELBO in nats\n(higher is better)", "what the reconstruction gets wrong\n(white: nothing)"
-    return image_grid(dict(zip(heads, (images, differences))), title, notes)
+    found = {"reconstruction, and the image's ELBO in nats\n(higher is better)": images,
+             "what the reconstruction gets wrong\n(white: nothing)": differences}
+    return image_grid(found, title, notes)
 
 # %% ../../nbs/harness/10_images.ipynb #imgpg015
 def attacks_figure(

@@ -26,10 +26,12 @@ def diffusion_curve(
     "Draw the bound on log p of training and test images over effective epochs, with standard errors over images."
     parts = {"bound_test": ("test images", "-"), "bound_train": ("training images", "--")}
     t = table[table.metric.isin(parts)].assign(low=lambda t: t.value - t.stderr, high=lambda t: t.value + t.stderr)
-    plot = so.Plot(t.reset_index(drop=True), x="epoch", linestyle="metric").add(so.Line(color=REAL), y="value", legend=False)
+    plot = so.Plot(t.reset_index(drop=True), x="epoch", linestyle="metric").label(
+        x="effective epoch", y="bound on log p / nats per image\n(higher is better)")
+    plot = plot.add(so.Line(color=REAL), y="value", legend=False)
     plot = plot.add(so.Band(color=REAL, alpha=.15), ymin="low", ymax="high", group="metric", legend=False)
     plot = plot.scale(linestyle={metric: style for metric, (_, style) in parts.items()})
-    fig = draw_plot(plot.label(x="effective epoch", y="bound on log p / nats per image\n(higher is better)"), 2.5, title, 5)
+    fig = draw_plot(plot, 2.5, title, 5)
     fig.axes[0].set_ylim(t[t.epoch > t.epoch.max()*.15].low.min() - 2*t.stderr.max(), None)
     add_key(fig, {label: {"ls": style, "color": REAL} for label, style in parts.values()})
     return fig
@@ -151,7 +153,8 @@ def recipes_figure(
 ): # -> `Figure`
     "Draw the last bound and the distance of samples to training images, one line per recipe."
     t = compare_recipes(table)[[*RECIPES]].rename_axis("recipe").reset_index().melt("recipe")
-    t = t.assign(used=t.recipe.str.startswith(USED), recipe=t.recipe.str.replace(f"^{USED}(.*)", r"\1 (used)", regex=True))
+    names = t.recipe.str.replace(f"^{USED}(.*)", r"\1 (used)", regex=True)
+    t = t.assign(used=t.recipe.str.startswith(USED), recipe=names)
     plot = so.Plot(t, x="value", y="recipe", marker="used").facet("variable").share(x=False)
     plot = plot.scale(marker={True: "D", False: "o"}).add(so.Dot(color="black", pointsize=5), legend=False)
     fig = draw_plot(plot.label(x="", y=""), .2*t.recipe.nunique() + 1, title)

@@ -63,9 +63,10 @@ def solver_figure(
     t = t.assign(x=t.evaluations*t.solver.map({name: 1.03**i for i, name in enumerate(SOLVERS)})) # side by side
     means = [[*at, *seed_interval(v)] for at, v in t.groupby(["solver", "x"]).seed_value]
     means = pd.DataFrame(means, columns=["solver", "x", "mean", "low", "high"])
-    levels = means[means.solver == "heun"].rename(columns={"low": "level_low", "high": "level_high"}).drop(columns="mean")
-    levels = levels.drop(columns="x").merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()]}), "cross")
-    plot = so.Plot(pd.concat([means, t, levels], ignore_index=True), x="x", color="solver", linestyle="solver", marker="solver")
+    levels = means[means.solver == "heun"].rename(columns={"low": "level_low", "high": "level_high"})
+    levels = levels.drop(columns=["x", "mean"]).merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()]}), "cross")
+    found = pd.concat([means, t, levels], ignore_index=True)
+    plot = so.Plot(found, x="x", color="solver", linestyle="solver", marker="solver")
     plot = plot.add(so.Band(alpha=.1), ymin="level_low", ymax="level_high", legend=False)
     plot = add_means(plot.add(so.Line(), y="mean", legend=False), "y", pointsize=5).scale(x="log")
     looks = {name: (c, m, d) for name, c, m, d in zip(SOLVERS, VARIANTS, MARKERS, DASHES) if name in set(t.solver)}

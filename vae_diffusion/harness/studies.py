@@ -168,7 +168,8 @@ def titled(
 # %% ../../nbs/harness/13_studies.ipynb #27bc4455
 FIGURES = { # end of a study's name -> function of its results
     "samplers": solver_study.solver_figure,
-    "recipes": titled(quality_figures.recipes_figure, "recipes of the diffusion model, nearest samples first;\nN: distribution of ln σ in training"),
+    "recipes": titled(quality_figures.recipes_figure, "recipes of the diffusion model, nearest samples first;\n"
+                      "N: distribution of ln σ in training"),
     "normal": draw_variants,
     "networks": draw_variants,
     "diffusion": titled(quality_figures.quality_figure, "what the diffusion model has learnt, as training goes on")}

@@ -35,8 +35,8 @@ STYLE = DEFAULTS | sns.axes_style("ticks") | {
     "font.family": "DejaVu Sans", "font.size": 8, "figure.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
     "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False,
-    "axes.linewidth": .6, "grid.linewidth": .3, "xtick.major.width": .6, "ytick.major.width": .6, "lines.linewidth": 1.2,
-    "figure.dpi": 96, "savefig.dpi": 200, "svg.hashsalt": "vae_diffusion", "image.cmap": "gray"}
+    "axes.linewidth": .6, "grid.linewidth": .3, "xtick.major.width": .6, "ytick.major.width": .6,
+    "lines.linewidth": 1.2, "figure.dpi": 96, "savefig.dpi": 200, "svg.hashsalt": "vae_diffusion", "image.cmap": "gray"}
 
 # %% ../../nbs/harness/09_style.ipynb #733e4efa
 def methods_shown(
