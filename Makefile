@@ -43,9 +43,10 @@ refuse_scale = $(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): w
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(call refuse_scale,$(1),$(2)))
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
+$(call only,publish-vaes,cpu)
 
-.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack \
-  parameters readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights \
+  publish-vaes plan pack unpack parameters readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 # All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
@@ -116,6 +117,10 @@ PUBLISHED = $(DATASET)$(if $(filter paper,$(SCALE)),-paper)
 publish-weights: weights
 	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; \
 	  builders.publish_weights(settings.load_params('$(DATASET)', '$(SCALE)'), '$(PUBLISHED)')"
+
+# Trains what is missing of the VAEs that nbs/play.ipynb shows, and publishes them: data/weights/vae-digits
+publish-vaes: $(BIN)/ready
+	@$(call python,builders,publish_vaes) "$(DATASET)"
 
 # The runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes.
 plan: $(BIN)/ready
