@@ -46,7 +46,7 @@ $(call only,figures,cpu or paper)
 $(call only,publish-vaes,cpu)
 
 .PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights \
-  publish-vaes plan pack unpack parameters readme clean $(if $(MOVED),$(BIN)/ready)
+  publish-vaes plan pack unpack parameters page readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 # All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
@@ -98,7 +98,7 @@ try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(
 oldest:
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p method dmaapx
 	$(call try,measure_diffusion) -p weights trained
@@ -138,6 +138,11 @@ unpack: $(BIN)/ready
 parameters: $(BIN)/ready
 	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
 	$(BIN)/nbdev_clean
+
+# Runs a page again and stores its outputs: make page PAGE=nbs/play.ipynb
+page: $(BIN)/ready
+	@$(call python,execution,run_page) "$(PAGE)"
+	$(BIN)/nbdev_clean --fname $(PAGE)
 
 # Runs nbs/index.ipynb again and makes README.md of it.
 readme: $(BIN)/ready

@@ -172,9 +172,10 @@ license: apache-2.0
 ---
 # Variational autoencoders of {s.dataset}
 
-Trained by the notebook `train_vae` of vae_diffusion with the parameters `{s.dataset}-{s.scale}`, seed {s.seed}: `normal`
-on the training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in `data/weights/{s.dataset}`, {s.k} for
-each training image. Means and standard errors over images after {s.epochs} effective epochs, in nats per image:
+Trained by the notebook `train_vae` of vae_diffusion with the parameters `{s.dataset}-{s.scale}`, seed {s.seed}:
+`normal` on the training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in
+`data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {s.epochs}
+effective epochs, in nats per image:
 
 | weights | training ELBO | test ELBO |
 |---|---:|---:|
