@@ -54,8 +54,8 @@ $(call only,publish-vaes,cpu)
 reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
-# Everything that CI checks.
-test: $(BIN)/ready
+# Everything that CI checks; in a browser too, where there is Chromium.
+test: $(BIN)/ready $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -70,9 +70,10 @@ stress: $(BIN)/ready
 mutants: $(BIN)/ready
 	$(BIN)/python tests/mutants.py $(if $(FAULT),build/mutants.csv,data/mutants.csv) $(FAULT)
 
-# The notebooks in JupyterLab.
+# The notebooks in JupyterLab, with the threads of `make reproduce`. It opens the tour.
 lab: $(BIN)/ready
-	$(BIN)/jupyter lab --allow-root --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	OMP_NUM_THREADS=1 PYTHONPATH=workflow $(BIN)/jupyter lab --allow-root --ip=127.0.0.1 \
+	  --ServerApp.contents_manager_class=lab.Contents --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
 # As reproduce, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them.
 figures: $(BIN)/ready
@@ -89,6 +90,11 @@ bench: $(BIN)/ready build/bench/ready
 
 build/bench/ready: $(BIN)/ready
 	$(BIN)/$(PIP_INSTALL) --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	touch $@
+
+# Drives the Chromium of this machine, in tests/test_browser.py (150 MB). make test makes it where there is a Chromium.
+build/browser/ready: $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/browser playwright==1.65.2 pyee==13.0.1
 	touch $@
 
 try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(PAPERMILL) --stdout-file - \

@@ -36,7 +36,7 @@ def test_a_number_of_runs_at_once_that_makes_no_sense(cores, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["publish-weights", "figures"])
+@pytest.mark.parametrize("target", ["publish-weights", "publish-vaes", "figures"])
 def test_only_results_of_the_published_scale_are_published(target, tmp_path):
     status, said = make(target, "SCALE=smoke", VAE_DIFFUSION_RUNS=str(tmp_path))
     assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said
