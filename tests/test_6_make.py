@@ -67,7 +67,7 @@ def test_a_moved_checkout_makes_its_environment_again(copy):
     (copy / ".venv/bin/pip").write_text(f"#!{copy}/.venv/bin/python3\n")
     (copy / ".venv/bin/ready").touch()
     status, said = make("--dry-run", "test", folder=copy)
-    assert not status and "venv" not in said.replace(".venv/bin/python -m pytest", ""), said
+    assert not status and "-m venv" not in said, said
     moved = copy.rename(copy.parent / "moved")
     status, said = make("--dry-run", "test", folder=moved)
     assert not status and "This checkout was moved" in said and "-m venv --clear .venv" in said, said
