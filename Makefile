@@ -46,7 +46,7 @@ $(call only,figures,cpu or paper)
 $(call only,publish-vaes,cpu)
 
 .PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights \
-  publish-vaes plan pack unpack parameters page readme clean $(if $(MOVED),$(BIN)/ready)
+  publish-vaes plan pack unpack parameters page tidy readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 # All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
@@ -149,6 +149,10 @@ parameters: $(BIN)/ready
 page: $(BIN)/ready
 	@$(call python,execution,run_page) "$(PAGE)"
 	$(BIN)/nbdev_clean --fname $(PAGE)
+
+# Links every page to the one before and the one after it, and collapses cells that only import or only check.
+tidy: $(BIN)/ready
+	$(BIN)/python workflow/tidy.py
 
 # Runs nbs/index.ipynb again and makes README.md of it.
 readme: $(BIN)/ready

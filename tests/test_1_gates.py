@@ -83,6 +83,14 @@ def test_clean_and_export_change_nothing(tmp_path):
     assert not changed, f"run nbdev_clean and nbdev_export: {changed}"
 
 
+def test_every_page_is_tidy():
+    import tidy
+
+    assert {f.relative_to(ROOT).as_posix() for f in tidy.pages()} == {*PAGES}, "HALLWAY of workflow/tidy.py"
+    untidy = [file.name for file, before, after in tidy.tidied() if before != after]
+    assert not untidy, f"run `make tidy`: {untidy}"
+
+
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_parameters_cell_agrees_with_settings(page):
     from vae_diffusion.harness.execution import parameters_cell
