@@ -43,9 +43,10 @@ refuse_scale = $(if $(filter $(2),$(SCALE)),,$(error make $(1) SCALE=$(SCALE): w
 only = $(if $(filter $(1),$(MAKECMDGOALS)),$(call refuse_scale,$(1),$(2)))
 $(call only,publish-weights,cpu or paper)
 $(call only,figures,cpu or paper)
+$(call only,publish-vaes,cpu)
 
-.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights plan pack unpack \
-  parameters readme clean $(if $(MOVED),$(BIN)/ready)
+.PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights \
+  publish-vaes plan pack unpack parameters page tidy readme clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 # All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
@@ -53,8 +54,8 @@ $(call only,figures,cpu or paper)
 reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
-# Everything that CI checks.
-test: $(BIN)/ready
+# Everything that CI checks; in a browser too, where there is Chromium.
+test: $(BIN)/ready $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -69,9 +70,10 @@ stress: $(BIN)/ready
 mutants: $(BIN)/ready
 	$(BIN)/python tests/mutants.py $(if $(FAULT),build/mutants.csv,data/mutants.csv) $(FAULT)
 
-# The notebooks in JupyterLab.
+# The notebooks in JupyterLab, with the threads of `make reproduce`. It opens the tour.
 lab: $(BIN)/ready
-	$(BIN)/jupyter lab --allow-root --ip=127.0.0.1 --LabApp.default_url=/lab/tree/nbs/index.ipynb
+	OMP_NUM_THREADS=1 PYTHONPATH=workflow $(BIN)/jupyter lab --allow-root --ip=127.0.0.1 \
+	  --ServerApp.contents_manager_class=lab.Contents --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
 # As reproduce, and results and figures become the published ones; with PART="methods=normal seeds=0,1" a part of them.
 figures: $(BIN)/ready
@@ -90,6 +92,11 @@ build/bench/ready: $(BIN)/ready
 	$(BIN)/$(PIP_INSTALL) --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
 	touch $@
 
+# Drives the Chromium of this machine, in tests/test_browser.py (150 MB). make test makes it where there is a Chromium.
+build/browser/ready: $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/browser playwright==1.65.2 pyee==13.0.1
+	touch $@
+
 try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(PAPERMILL) --stdout-file - \
   nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
 # The pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB):
@@ -97,7 +104,7 @@ try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(
 oldest:
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments]'
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p method dmaapx
 	$(call try,measure_diffusion) -p weights trained
@@ -117,6 +124,10 @@ publish-weights: weights
 	$(BIN)/python -c "from vae_diffusion.harness import builders, settings; \
 	  builders.publish_weights(settings.load_params('$(DATASET)', '$(SCALE)'), '$(PUBLISHED)')"
 
+# Trains what is missing of the VAEs that nbs/play.ipynb shows, and publishes them: data/weights/vae-digits
+publish-vaes: $(BIN)/ready
+	@$(call python,builders,publish_vaes) "$(DATASET)"
+
 # The runs of make reproduce or, with STUDY=name, of make study, their minutes on this machine, and where the time goes.
 plan: $(BIN)/ready
 	@$(call python,plan,print_plan) "$(DATASET)" "$(SCALE)" "$(STUDY)" "$(CORES)"
@@ -133,6 +144,15 @@ unpack: $(BIN)/ready
 parameters: $(BIN)/ready
 	$(BIN)/python -c "from vae_diffusion.harness import execution; execution.write_parameters_cells()"
 	$(BIN)/nbdev_clean
+
+# Runs a page again and stores its outputs: make page PAGE=nbs/play.ipynb
+page: $(BIN)/ready
+	@$(call python,execution,run_page) "$(PAGE)"
+	$(BIN)/nbdev_clean --fname $(PAGE)
+
+# Links every page to the one before and the one after it, and collapses cells that only import or only check.
+tidy: $(BIN)/ready
+	$(BIN)/python workflow/tidy.py
 
 # Runs nbs/index.ipynb again and makes README.md of it.
 readme: $(BIN)/ready

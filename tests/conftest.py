@@ -44,6 +44,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_another_seed_or_number_of_threads": 5,
     "test_killed_run_ends_with_the_same_numbers": 13,
     "test_bench_stores_resumes_and_draws": 15,
+    "test_sliders_move_their_pictures": 26,
 }
 WITHOUT_DATA = pytest.mark.skip(
     reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "

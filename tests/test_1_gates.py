@@ -83,6 +83,14 @@ def test_clean_and_export_change_nothing(tmp_path):
     assert not changed, f"run nbdev_clean and nbdev_export: {changed}"
 
 
+def test_every_page_is_tidy():
+    import tidy
+
+    assert {f.relative_to(ROOT).as_posix() for f in tidy.pages()} == {*PAGES}, "HALLWAY of workflow/tidy.py"
+    untidy = [file.name for file, before, after in tidy.tidied() if before != after]
+    assert not untidy, f"run `make tidy`: {untidy}"
+
+
 @pytest.mark.parametrize("page", EXPERIMENTS)
 def test_parameters_cell_agrees_with_settings(page):
     from vae_diffusion.harness.execution import parameters_cell
@@ -166,7 +174,8 @@ def test_page(page):
     assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"], (
         "stored errors or warnings"
     )
-    assert "application/vnd.jupyter.widget" not in text and not re.search(r"/(root|home|Users)/", text), (
+    stored = json.dumps([outputs, json.loads(text)["metadata"]])
+    assert "application/vnd.jupyter.widget" not in stored and not re.search(r"/(root|home|Users)/", text), (
         "stored widgets, or paths of one machine"
     )
     first = "".join(cells(page, "markdown")[0]["source"])
@@ -291,9 +300,10 @@ def test_overview_figure_is_drawn_from_published_results(tmp_path):
 
 
 def declared():
-    "What the library and the experiments say that they need."
+    "What the library, the experiments and the page to play with say that they need."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [Requirement(r) for r in project["dependencies"] + project["optional-dependencies"]["experiments"]]
+    extra = project["optional-dependencies"]
+    return [Requirement(r) for r in project["dependencies"] + extra["experiments"] + extra["play"]]
 
 
 def test_lower_bounds_are_versions_that_were_tried():

@@ -36,7 +36,7 @@ def test_a_number_of_runs_at_once_that_makes_no_sense(cores, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("target", ["publish-weights", "figures"])
+@pytest.mark.parametrize("target", ["publish-weights", "publish-vaes", "figures"])
 def test_only_results_of_the_published_scale_are_published(target, tmp_path):
     status, said = make(target, "SCALE=smoke", VAE_DIFFUSION_RUNS=str(tmp_path))
     assert status and f"make {target} SCALE=smoke: what is published has scale cpu" in said
@@ -67,7 +67,7 @@ def test_a_moved_checkout_makes_its_environment_again(copy):
     (copy / ".venv/bin/pip").write_text(f"#!{copy}/.venv/bin/python3\n")
     (copy / ".venv/bin/ready").touch()
     status, said = make("--dry-run", "test", folder=copy)
-    assert not status and "venv" not in said.replace(".venv/bin/python -m pytest", ""), said
+    assert not status and "-m venv" not in said, said
     moved = copy.rename(copy.parent / "moved")
     status, said = make("--dry-run", "test", folder=moved)
     assert not status and "This checkout was moved" in said and "-m venv --clear .venv" in said, said

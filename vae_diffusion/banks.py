@@ -9,7 +9,7 @@ __all__ = ['GENERATORS', 'SampleBank', 'image_generators', 'fill']
 import json, os, time, torch
 import numpy as np
 from pathlib import Path
-from tqdm import tqdm
+from .core.progress import progress_bar
 from .core import errors, files, locks, rng, stopping
 from .core.batches import map_batches, row_indices
 from .core.errors import ProjectError
@@ -115,7 +115,7 @@ def fill(
     with (locks.folder_lock(self.folder),
           stopping.stoppable(lambda: (len(self), count, "images"), at_once=True) as asked):
         self._prepare(identity)
-        with tqdm(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
+        with progress_bar(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
             while len(self) < count and not asked:
                 start, first, began = len(self)//shard*shard, len(self)//size*size, time.monotonic()
                 stop, new = min(start + shard, count), []

@@ -8,7 +8,7 @@ __all__ = ['unet', 'preconditioning', 'Denoiser', 'denoising_loss', 'nll_bound']
 # %% ../nbs/method/05_diffusion.ipynb #4fade831
 import math, torch
 from torch import nn
-from tqdm import tqdm
+from .core.progress import progress_bar
 from .core import precision, rng
 from .levels import check_levels, to_unit
 
@@ -97,7 +97,7 @@ def nll_bound(
     span = math.log(sigma_max/sigma_min)
     values = 2*torch.arange(levels, device=device, dtype=torch.float32)/(levels - 1) - 1
     out = []
-    for i, part in enumerate(tqdm(images.split(batch), disable=not progress, leave=False)):
+    for i, part in enumerate(progress_bar(images.split(batch), disable=not progress, leave=False)):
         g = rng.generator("bound", seed, i)
         n, y = len(part), 2*to_unit(part.to(device), levels, check=False) - 1
         draw = lambda: torch.randn(y.shape, generator=g, dtype=torch.float32).to(device)

@@ -10,7 +10,7 @@ import math, json, time, torch
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from tqdm import tqdm
+from .core.progress import progress_bar
 from .core import files, rng, stopping
 from .core.errors import ProjectError
 from .diffusion import Denoiser, denoising_loss
@@ -215,7 +215,7 @@ def train(
     state, config = _resume(net, images, levels, recipe, images_seen, path)
     images = images.to(device)
     with (stopping.stoppable(lambda: (state.images, of or images_seen, "images")) as asked,
-          tqdm(total=images_seen, initial=state.images, unit="img", unit_scale=True,
+          progress_bar(total=images_seen, initial=state.images, unit="img", unit_scale=True,
                disable=not progress, leave=False) as bar):
         began, saved = clock(), time.monotonic()
         while state.images < images_seen:

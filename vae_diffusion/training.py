@@ -10,7 +10,7 @@ import math, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from tqdm import tqdm
+from .core.progress import progress_bar
 from .core.errors import ProjectError
 from .core.files import load_tensors, save_tensors
 from .core.precision import matmul_precision
@@ -187,7 +187,8 @@ def fit_stack(
     total, seen = done(epochs)*batch*len(members), lambda: sum(s.step for s in states)*batch
     for vae in vaes: vae.train()
     with (unchecked(*vaes), stoppable(lambda: (seen(), total, "images")) as asked,
-          tqdm(total=total, initial=seen(), unit="image", unit_scale=True, disable=not progress, leave=False) as bar):
+          progress_bar(total=total, initial=seen(), unit="image", unit_scale=True,
+                       disable=not progress, leave=False) as bar):
         for epoch in sorted({e for e in eval_epochs if 0 < e < epochs} | {epochs}):
             while (low := min(s.step for s in states)) < done(epoch) and not asked:
                 start = time.perf_counter()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
+from ..core.progress import progress_bar
 from ..core import files, precision, rng
 from ..harness import runs, tables
 from ..core.errors import ProjectError
@@ -66,7 +66,7 @@ def run_interleaved(
         rows = tables.read_table(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
     seen = {(r["benchmark"], r["case"], r["x"], r["repetition"]) for r in rows}
     if context.get_start_method() == "forkserver": context.set_forkserver_preload(["vae_diffusion.benchmark.suite"])
-    bar = tqdm(total=len(cases)*repetitions, disable=not progress)
+    bar = progress_bar(total=len(cases)*repetitions, disable=not progress)
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool, bar:
         for i in range(repetitions):
             for (benchmark, case, x), (f, arguments) in cases.items():

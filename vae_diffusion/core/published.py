@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 import numpy as np, pooch
-from tqdm import tqdm
+from .progress import progress_bar
 from .errors import ProjectError
 from .files import atomic_write
 from .formats import md5_digest, read_published, unpickle_batch
@@ -51,7 +51,7 @@ def download(
     with folder_lock(folder):
         for mirror in mirrors:
             store = pooch.create(folder, mirror, registry={file: f"md5:{md5}"}, retry_if_failed=retries)
-            bar = tqdm(total=1, unit="B", unit_scale=True, leave=False)
+            bar = progress_bar(total=1, unit="B", unit_scale=True, leave=False)
             downloader = pooch.HTTPDownloader(progressbar=bar, timeout=(10, 30))
             try: return Path(store.fetch(file, downloader=downloader))
             except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")

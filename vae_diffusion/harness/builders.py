@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_dataset', 'fixed_subset', 'build_vae', 'build_diffusion', 'build_scheduler', 'load_trained_vae', 'open_bank',
-           'require_bank', 'weights_folder', 'build_pipeline', 'snapshot_folders', 'publish_weights']
+           'require_bank', 'weights_folder', 'build_pipeline', 'snapshot_folders', 'publish_weights', 'vae_card',
+           'published_vaes', 'publish_vaes', 'load_published_vae']
 
 # %% ../../nbs/harness/05_builders.ipynb #9adbf805
 import shutil
@@ -16,10 +17,10 @@ from ..core import files, paths, rng
 from ..banks import SampleBank
 from ..core.errors import ProjectError
 from ..core.files import digest
-from .execution import execute
+from .execution import execute, require
 from .identity import Run, published_folder, published_weights_digest, stage_config
 from .runs import device, read_results
-from .settings import Settings
+from .settings import Settings, load_params
 from ..likelihoods import family
 from ..recipe import Recipe
 
@@ -154,3 +155,65 @@ def publish_weights(
         for f in source.rglob("*"): # without permissions, which not every disk supports
             if f.is_dir(): (new/f.relative_to(source)).mkdir(parents=True, exist_ok=True)
             elif f.name != "SHA256SUMS": shutil.copyfile(f, new/f.relative_to(source))
+
+# %% ../../nbs/harness/05_builders.ipynb #pubvae01
+def vae_card(
+    runs: list, # of `train_vae`, done
+) -> str: # Markdown
+    "Write the model card of published VAEs: what they are, how good they are, and how to load one."
+    s, rows = runs[0].settings, []
+    for run in runs:
+        t = read_results(run).query("epoch == @s.epochs").set_index("metric")
+        elbos = [f"{t.value[m]:.2f} ± {t.stderr[m]:.2f}" for m in ("elbo_train", "elbo_test")]
+        rows.append(f"| `{run.settings.method}.safetensors` | {' | '.join(elbos)} |")
+    table = "\n".join(rows)
+    return f"""---
+license: apache-2.0
+---
+# Variational autoencoders of {s.dataset}
+
+Trained by the notebook `train_vae` of vae_diffusion with the parameters `{s.dataset}-{s.scale}`, seed {s.seed}:
+`normal` on the training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in
+`data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {s.epochs}
+effective epochs, in nats per image:
+
+| weights | training ELBO | test ELBO |
+|---|---:|---:|
+{table}
+
+```python
+from vae_diffusion.harness import builders, settings
+s = settings.load_params("{s.dataset}", "{s.scale}") # its method is `normal`
+vae = builders.load_published_vae(s, builders.build_dataset(s))
+```
+"""
+
+# %% ../../nbs/harness/05_builders.ipynb #pubvae02
+def published_vaes(settings: Settings) -> Path: # in `data/weights`
+    "Locate the published VAEs of a data set, whether or not there are any."
+    return paths.weights()/f"vae-{settings.dataset}"
+
+def publish_vaes(
+    dataset: str="digits", # the data set
+    methods: tuple=("normal", "dmaapx"), # one VAE each, of seed 0
+):
+    "Train VAEs that are not trained yet, at scale `cpu`, and write their last weights with a model card."
+    settings = load_params(dataset)
+    runs = [require("train_vae", replace(settings, method=method, seed=0)) for method in methods]
+    with files.atomic_folder(published_vaes(settings)) as new:
+        for method, run in zip(methods, runs):
+            weights, _ = files.load_tensors(run.folder/"last.safetensors")
+            files.save_tensors(new/f"{method}.safetensors", weights, run.config)
+        files.write_text(new/"README.md", vae_card(runs))
+
+def load_published_vae(
+    settings: Settings, # all parameters
+    dataset: data.Dataset, # from `build_dataset`
+) -> models.VAE: # on the device
+    "Load the published VAE of a method. Raises `ProjectError` if it is missing, damaged, or of other parameters."
+    file, vae = published_vaes(settings)/f"{settings.method}.safetensors", build_vae(settings, dataset)
+    weights, config = files.load_tensors(file, device())
+    if config != Run("train_vae", settings).config: raise ProjectError(
+        f"{file} was trained with other parameters: restore it from git, or make it again with `make publish-vaes`")
+    vae.load_state_dict(weights)
+    return vae.eval()

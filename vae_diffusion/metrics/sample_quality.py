@@ -11,7 +11,7 @@ import torch
 import warnings
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from tqdm import tqdm
+from ..core.progress import progress_bar
 from ..core import precision, rng, stopping
 from ..levels import check_levels, check_unit, to_unit
 
@@ -86,7 +86,7 @@ def train_classifier(
     for p in net.parameters(): # as Adam's first step would, so that a stored state has where to go
         adam.state[p] = {"step": torch.zeros(()), "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
     steps = stopping.resumable_range(epochs*per_epoch, file, net.state_dict(), *adam.state.values())
-    for step in tqdm(steps, total=epochs*per_epoch, disable=not progress, leave=False):
+    for step in progress_bar(steps, total=epochs*per_epoch, disable=not progress, leave=False):
         epoch, i = divmod(step, per_epoch)
         if not i or order is None:
             order = torch.randperm(len(images), generator=rng.generator(name, seed, epoch)).split(batch)
