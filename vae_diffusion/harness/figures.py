@@ -112,7 +112,7 @@ def gap_panels(
     title: str="", # over the whole figure
     paper=None, # from `results.reported_by_paper`, whose last numbers stand beside ours
 ): # -> `Figure`
-    "Draw test ELBO and gaps after the last epoch: mean, 95 % t interval over seeds, and every seed."
+    "Draw test ELBO and gaps after the last epoch: mean, 95 % interval, and every seed."
     last = {} if paper is None else paper[paper.epoch == paper.epoch.max()].set_index(["method", "metric"]).value
     means, seeds = summarize(table, k), pd.concat([last_epoch(table, metric, k) for metric in PANELS])
     texts = [paper_text(last.get(at, np.nan), at[1]) for at in zip(means.method, means.metric)]
@@ -161,7 +161,7 @@ def elbo_against_k(
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #33ab4635
-OVERVIEW = ("Difference from normal training after the last epoch: mean and 95 % interval over seeds;\n"
+OVERVIEW = ("Difference from normal training after the last epoch: mean and 95 % interval;\n"
             "beside it the paper's difference, after 1000 epochs")
 
 # %% ../../nbs/harness/10_figures.ipynb #4f89761e
@@ -198,7 +198,7 @@ def figures_from_results(
     k, where, paper = settings.k, name_scale(settings.dataset, settings.scale), reported_by_paper(settings)
     if not methods_shown(table, k): return {}
     beside = f";\nbeside it the paper's number after epoch {paper.epoch.max()}" if len(paper) else ""
-    after = f"mean, 95 % interval over seeds, and every seed, after epoch {settings.epochs}"
+    after = f"mean, 95 % interval, and every seed, after epoch {settings.epochs}"
     gaps = gap_panels(table, k, f"{where}: {after}{beside}", paper)
     curves = learning_curves(table, k, f"{where}: ELBO of training and test images as training goes on", paper)
     figs = {"gaps": gaps, "curves": curves}
