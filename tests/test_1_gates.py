@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, git, run, tracked
+from matplotlib.text import Text
 from packaging.requirements import Requirement
 
 PAGES = tracked("nbs/*.ipynb")
@@ -257,6 +258,10 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     for figure, fig in drawn.items():
         style.save_figure(fig, tmp_path, figure)
         plt.close(fig)
+        small = [t.get_text() for t in fig.findobj(Text) if t.get_text() and t.get_fontsize() < 8]
+        assert not small and fig.get_figwidth() <= style.WIDTH, f"{figure}: wider than a page, or small type: {small}"
+        assert fig.get_suptitle() and "_" not in style.describe(fig), f"{figure}: it must say in words what it shows"
+        assert "better" in style.describe(fig), f"{figure}: no axis says which way is better"
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), (
             f"figures/{name}/{figure}.svg is not what {csv} shows"
         )
@@ -288,6 +293,15 @@ def test_published_results_belong_to_the_parameters(csv, monkeypatch):
         assert stale == {identity.Run(r.stage, r.settings).digest for r in augmented}
         stale = {}
     assert not stale, f"{csv} holds runs of other parameters than {name} has now: {stale}"
+
+
+def test_pictures_have_words_and_none_is_published_twice():
+    pages = [f for f in tracked("*.ipynb") + tracked("*.md") if re.search(r"!\[\s*\]\(", (ROOT / f).read_text())]
+    assert not pages, f"a picture without alternative text: {pages}"
+    seen = {}
+    for f in tracked("figures/*.png"):
+        seen.setdefault((ROOT / f).read_bytes(), []).append(f)
+    assert all(len(files) == 1 for files in seen.values()), [files for files in seen.values() if len(files) > 1]
 
 
 def test_overview_figure_is_drawn_from_published_results(tmp_path):

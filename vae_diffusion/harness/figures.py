@@ -44,7 +44,8 @@ def learning_curves(
     t = t.assign(curve=t.method.map(LABELS).where(t.metric == "elbo_test", "train")) # grey, whatever the method
     plot = so.Plot(t, x="epoch", y="value", color="curve", linestyle="curve").facet("method", order=methods)
     plot = plot.add(so.Line(linewidth=.5, alpha=.6), group="seed", legend=False).add(so.Line(), so.Agg(), legend=False)
-    if t.seed.nunique() > 1: key["single seeds"] = {"lw": .5}
+    best = "best epoch"
+    if t.seed.nunique() > 1: best, key["single seeds"] = "best epoch of the mean", {"lw": .5}
     if "paper" in t and t.paper.notna().any():
         plot, key["the paper"] = plot.add(so.Dot(**PAPER), y="paper", legend=False), KEY
     styles = dict.fromkeys(LABEL_COLORS, "-") | {"train": "--"}
@@ -58,7 +59,7 @@ def learning_curves(
         name = LABELS[method] + (f" (k = {k})" if METHODS[method].draws_on_bank else "")
         ax.set_title(f"{name}\n{mean.max():,.1f} at epoch {mean.idxmax():g}".replace("-", "−"))
         ax.set(ylim=(low - 2, None), xlim=(0, t.epoch.max()*1.04))
-    add_key(fig, key | {"best epoch of the mean": {"ls": "", "marker": "o", "ms": 4}})
+    add_key(fig, key | {best: {"ls": "", "marker": "o", "ms": 4}})
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #1379069c

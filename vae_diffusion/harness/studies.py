@@ -132,13 +132,14 @@ def variant_curves(
     p = paper[(paper.method == table.method.iloc[0]) & (paper.epoch <= last) & paper.metric.isin(elbos.metric)]
     p = p.rename(columns={"value": "paper"}).merge(pd.DataFrame({"variant": names}), "cross")
     t = pd.concat([elbos, p], ignore_index=True)
-    plot = so.Plot(t, x="epoch", linestyle="metric").facet("variant", wrap=4)
+    columns = 3 if len(names) < 7 else 4
+    plot = so.Plot(t, x="epoch", linestyle="metric").facet("variant", wrap=columns)
     others = so.Line(color="0.85", linewidth=.8)
     plot = plot.add(others, so.Agg(), y="value", group="variant", col=None, legend=False)
     plot = plot.add(so.Line(color="black"), so.Agg(), y="value", legend=False)
     plot = plot.add(so.Dot(color="black", **PAPER), y="paper", legend=False)
     plot = plot.scale(linestyle={"elbo_train": "--", "elbo_test": "-"}).label(x="", y="")
-    fig = draw_plot(plot, 1.55*(1 + (len(names) - 1)//4) + .7, title)
+    fig = draw_plot(plot, 1.55*(1 + (len(names) - 1)//columns) + .7, title)
     for ax, name in zip(fig.axes, names):
         ax.set_title(textwrap.fill(name.replace("lr ", "learning rate "), 22))
         if ax.get_subplotspec().is_last_row(): ax.set_xlabel("effective epoch")

@@ -52,7 +52,7 @@ def describe(
     fig, # a `Figure`
 ) -> str: # the alternative text
     "Say what a figure shows, for those who do not see it: its title, and the title and the axes of each panel."
-    found = [fig.get_suptitle()]
+    found = [fig.get_suptitle(), fig.get_supylabel()]
     for ax in fig.axes:
         axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
         found.append(": ".join(filter(None, (ax.get_title(), axes))))
