@@ -106,9 +106,9 @@ oldest:
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
-	$(call try,measure_gaps) -p method dmaapx
-	$(call try,measure_diffusion) -p weights trained
-	$(call try,report)
+	$(call try,measure_gaps) -p scale smoke -p method dmaapx
+	$(call try,measure_diffusion) -p scale smoke -p weights trained
+	$(call try,report) -p scale smoke
 
 # Trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`.
 weights: $(BIN)/ready

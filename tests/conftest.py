@@ -80,13 +80,15 @@ def run(*command, **options):
 def forked(stage, out, parameters=None):
     """Begins an experiment in a fork of this process, which has PyTorch; papermill executes it as in a new kernel.
 
+    Its scale is `smoke` if nothing else is asked.
+
     Returns the process. What it says is beside its page `out`, which ends in .ipynb, in a file that ends in .log.
     """
     import forks
 
     def work():
         forks.begin(out.with_suffix(".log"))
-        forks.execute_notebook(stage, out, parameters)
+        forks.execute_notebook(stage, out, {"scale": "smoke"} | (parameters or {}))
 
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()

@@ -39,9 +39,9 @@ def left(shells):
 def main(folder, seconds):
     os.environ["VAE_DIFFUSION_RUNS"] = folder
     wishes = (
-        "seed, seeds, methods = {}, [0], ['normal']"
+        "scale, seed, seeds, methods = 'smoke', {}, [0], ['normal']"
         if seconds
-        else "seeds, methods, n_train, dm_images = [0], ['normal'], 300, 500"
+        else "scale, seeds, methods, n_train, dm_images = 'smoke', [0], ['normal'], 300, 500"
     )
     shells, began, early, runs = {}, time.monotonic(), None, 0
     for seed in itertools.count():

@@ -145,7 +145,7 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
 
 def test_killed_run_ends_with_the_same_numbers(tmp_path, monkeypatch):
     "By a signal that no process can refuse; a new kernel resumes it."
-    wish = {"epochs": 150, "seed": 7, "evaluate_at": [20, 60]}
+    wish = {"scale": "smoke", "epochs": 150, "seed": 7, "evaluate_at": [20, 60]}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(whole))
     forked("train_vae", tmp_path / "whole.ipynb", wish).join()

@@ -398,7 +398,7 @@ def papermill(stage, folder, *parameters):
 
 
 def train(folder, *parameters):
-    return papermill("train_vae", folder, *parameters)[:2]
+    return papermill("train_vae", folder, "-p", "scale", "smoke", *parameters)[:2]
 
 
 def test_a_full_disk(small_disk, tmp_path, record):

@@ -58,6 +58,9 @@ def test_a_notebook_whose_minutes_are_over(tmp_path):
         "-p",
         "epochs",
         "100000",
+        "-p",
+        "scale",
+        "smoke",
     )
     done = subprocess.run(
         [*command, "nbs/experiments/train_vae.ipynb", "/dev/null"],

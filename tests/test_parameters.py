@@ -27,7 +27,7 @@ def started(tmp_path):
 
 
 def test_only_what_is_declared_and_told_counts_however_it_is_spelt(started, tmp_path):
-    (tmp_path / "mine.yaml").write_text("lr: 1e-3\nbatch: 1e2\nevaluate_at: ['1']\n")
+    (tmp_path / "mine.yaml").write_text("scale: smoke\nlr: 1e-3\nbatch: 1e2\nevaluate_at: ['1']\n")
     asked = Settings(lr=0.001, batch=100, evaluate_at=[1], bf16=False, steps=18)
     run(
         *PAPERMILL,

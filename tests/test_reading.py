@@ -95,3 +95,10 @@ def test_code_is_short(page):
     sources = ["".join(c["source"]) for c in cells(page, "code") if "parameters" not in c["metadata"].get("tags", [])]
     assert max(len(line) for s in sources for line in s.splitlines()) <= 120
     assert statistics.median(len(s.strip().splitlines()) for s in sources) <= 6
+
+
+@pytest.mark.parametrize("page", [p for p in READ if p.startswith("nbs/experiments/")])
+def test_experiments_hold_the_output_of_their_parameters(page):
+    "Which the parameters cell names, and whose numbers mean something."
+    assert "`digits` at [scale](../glossary.ipynb#scale) `cpu`" in prose(page)
+    assert "smoke" not in prose(page) + "\n".join(shown(page))

@@ -9,7 +9,7 @@ __all__ = ['IGNORED', 'PARAMETERS', 'PLAIN', 'MINUTES', 'validate_diffusion', 'v
 
 # %% ../../nbs/harness/00_settings.ipynb #cell002
 import ast, difflib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import yaml
 from .. import data
@@ -122,11 +122,12 @@ def collect_settings(
 ) -> Settings:
     """Collect the settings among names and their values, and start the clock of a notebook that is given minutes.
 
-    Raises `ProjectError` for a name that is not a parameter, or an invalid value."""
+    Raises `ProjectError` for a name that is not a parameter, or an invalid value, and as `load_params`."""
     notebook = "__builtins__" in names
     own = notebook_values(names) if notebook else names
     plain = {k: v for k, v in own.items() if not notebook or isinstance(v, PLAIN)}
     minutes = validate_value(MINUTES, plain.pop("minutes", MINUTES.default))
+    params = str(plain.pop("params", ""))
     found = select_parameters(plain, rerun=names.get("_read_before", False))
     if notebook:
         names["_read_before"] = True # its later cells leave variables
@@ -135,7 +136,8 @@ def collect_settings(
         if k in own and k not in plain:
             raise ProjectError(f"{k} is {own[k]!r}, of type {type(own[k]).__name__}: give a number, a text, "
                 "true or false, or a list")
-    return Settings(**found)
+    if not params or {"dataset", "scale"} & found.keys(): return Settings(**found)
+    return replace(load_params(*params.rsplit("-", 1)), **found)
 
 # %% ../../nbs/harness/00_settings.ipynb #set00030
 def params_file(
