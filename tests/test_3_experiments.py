@@ -1,6 +1,7 @@
 "The experiments, at smoke scale: alone, through the workflow, killed, and with bad parameters."
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -138,7 +139,10 @@ def test_workflow_is_interrupted_fails_in_part_resumes_and_reports(tmp_path, mon
         "iwae_test",
     } <= set(table.metric)
     assert set(table.method) == {"normal", "dmaapx", "sample_bank"} and set(table.k.dropna()) == {1, 2}
-    assert "<html" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "<html" in page and "<script" not in page and not re.search(r'(src|href)="https?:', page)
+    links = re.findall(r'href="([^"#]+)', page)
+    assert links and all((folder / link).exists() for link in links), links
     if cut:
         record("no network after the installation", 1, "make reproduce runs")
 

@@ -6,6 +6,7 @@ as separate as a kernel's: it has its own memory, and its failure or death leave
 
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -18,6 +19,7 @@ import sklearn.model_selection
 import torch
 from execnb.shell import CaptureShell
 from nbconvert import HTMLExporter
+from traitlets.config import Config
 from papermill.engines import Engine, papermill_engines
 from vae_diffusion.core import files, paths, stopping
 from vae_diffusion.harness import execution, figures, runs, stacks, style
@@ -146,15 +148,25 @@ def execute(run, log):
         raise ProjectError(f"{run.name} failed: {last_line(log)} ... see {log}")
 
 
+def report_page(notebook):
+    "Makes one HTML page of the report that needs no script, no network and no other file; links lead to the pages."
+    hide = dict(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    config = {"TagRemovePreprocessor": {"enabled": True, "remove_cell_tags": ["page"]}}  # what only a page needs
+    page, _ = HTMLExporter(config=Config(config), **hide).from_filename(str(notebook))
+    page = re.sub(r"<script.*?</script>", "", page, flags=re.S)
+    nbs = os.path.relpath(paths.root() / "nbs", notebook.parent)
+    page = page.replace('href="../', f'href="{nbs}/')
+    style = "main {max-width: 60rem; margin: auto} .jp-RenderedImage img {width: 100%}"
+    return page.replace("</head>", f"<style>{style}</style></head>")
+
+
 def write_report(settings, folder, log):
     "Writes the report of a grid as notebook and HTML, in a process of its own. Raises `ProjectError` if it fails."
 
     def work():
         begin(log)
         execute_notebook("report", folder / "report.ipynb", execution.non_default_parameters(settings))
-        exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
-        page, _ = exporter.from_filename(str(folder / "report.ipynb"))
-        files.write_text(folder / "report.html", page)
+        files.write_text(folder / "report.html", report_page(folder / "report.ipynb"))
 
     if run_forked(work):
         raise ProjectError(f"the report failed: {last_line(log)} ... see {log}")

@@ -105,10 +105,11 @@ def result(
     "Say how DMaaPx differs from normal training after the last epoch, a line a metric."
     lines = []
     for metric in RESULT:
-        parts = [compared(metric, *direction(t, metric, k=s.k)) + (f" ({label})" if label else "")
-                 for label, (t, s) in found.items()]
+        try: parts = [compared(metric, *direction(t, metric, k=s.k)) + (f" ({label})" if label else "")
+                      for label, (t, s) in found.items()]
+        except ProjectError: continue # a single seed, or not measured
         lines.append(f"- **{about(metric).label}**: " + "; ".join(parts))
-    return "\n".join(lines)
+    return "\n".join(lines) or "A comparison needs two seeds or more of normal training and of DMaaPx."
 
 # %% ../../nbs/harness/17_pages.ipynb #pages017
 def comparison(
