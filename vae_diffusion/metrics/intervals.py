@@ -17,6 +17,7 @@ class Interval(NamedTuple):
     low: float
     high: float
     stderr: float # standard error of the mean
+    def __str__(self): return f"{self.mean:.3g} [{self.low:.3g}, {self.high:.3g}]"
 
 # %% ../../nbs/metrics/00_intervals.ipynb #cell006
 def resample_means(
