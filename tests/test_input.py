@@ -16,7 +16,7 @@ from vae_diffusion.likelihoods import family
 from vae_diffusion.models import residual
 from vae_diffusion.recipe import Recipe
 
-models = sorted(p.name for p in paths.weights().iterdir())
+models = sorted(p.parent.name for p in paths.weights().glob("*/model_index.json"))
 
 
 def python(code, *args):

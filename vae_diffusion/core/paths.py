@@ -38,7 +38,7 @@ def root() -> Path: # the project's root folder
 
 # %% ../../nbs/core/01_paths.ipynb #cell008
 def weights() -> Path: # one folder per data set, and per study that publishes a model of its own
-    "Return the folder of the published diffusion models, in the format of diffusers."
+    "Return the folder of the published diffusion models, in the format of diffusers, and of published VAEs."
     return root()/"data"/"weights"
 
 # %% ../../nbs/core/01_paths.ipynb #f256f479

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORED', 'PARAMETERS', 'PLAIN', 'MINUTES', 'validate_diffusion', 'validate_vae', 'validate_grid', 'Settings',
            'assigned_names', 'notebook_values', 'select_parameters', 'collect_settings', 'params_file', 'read_params',
-           'load_params']
+           'load_params', 'pick_params']
 
 # %% ../../nbs/harness/00_settings.ipynb #cell002
 import ast, difflib
@@ -122,12 +122,12 @@ def collect_settings(
 ) -> Settings:
     """Collect the settings among names and their values, and start the clock of a notebook that is given minutes.
 
-    Raises `ProjectError` for a name that is not a parameter, or an invalid value, and as `load_params`."""
+    Raises `ProjectError` for a name that is not a parameter, or an invalid value, and as `pick_params`."""
     notebook = "__builtins__" in names
     own = notebook_values(names) if notebook else names
     plain = {k: v for k, v in own.items() if not notebook or isinstance(v, PLAIN)}
     minutes = validate_value(MINUTES, plain.pop("minutes", MINUTES.default))
-    params = str(plain.pop("params", ""))
+    plain.pop("params", None)
     found = select_parameters(plain, rerun=names.get("_read_before", False))
     if notebook:
         names["_read_before"] = True # its later cells leave variables
@@ -136,8 +136,8 @@ def collect_settings(
         if k in own and k not in plain:
             raise ProjectError(f"{k} is {own[k]!r}, of type {type(own[k]).__name__}: give a number, a text, "
                 "true or false, or a list")
-    if not params or {"dataset", "scale"} & found.keys(): return Settings(**found)
-    return replace(load_params(*params.rsplit("-", 1)), **found)
+    if "params" not in own or {"dataset", "scale"} & found.keys(): return Settings(**found)
+    return replace(pick_params(own["params"]), **found)
 
 # %% ../../nbs/harness/00_settings.ipynb #set00030
 def params_file(
@@ -178,3 +178,12 @@ def load_params(
     if (found.dataset, found.scale) == (dataset, scale): return found
     raise ProjectError(f"{file} holds the parameters of {found.dataset} at scale {found.scale}: correct its first "
         "lines, or restore it from git.")
+
+# %% ../../nbs/harness/00_settings.ipynb #setpar00
+def pick_params(
+    name: str, # of a params file, such as digits-cpu
+) -> Settings:
+    "Load the settings of a params file. Raises `ProjectError` if there is no such file, and as `load_params`."
+    names = sorted(p.stem for p in params_file("digits", "cpu").parent.glob("*.yaml"))
+    if name not in names: raise ProjectError(f"params is {name!r}; choose one of {', '.join(names)}")
+    return load_params(*name.rsplit("-", 1))
