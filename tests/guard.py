@@ -51,7 +51,7 @@ def files():
 def meanings():
     "What the names of all modules, and of the project's classes, stand for."
     found = {}
-    for name, module in sys.modules.items():
+    for name, module in list(sys.modules.items()):  # looking at a module may import another
         if name == "__main__" or not isinstance(module, types.ModuleType):
             continue
         ours = name.startswith("vae_diffusion")

@@ -73,7 +73,7 @@ def group_stacks(
     alike = {}
     for run in runs:
         if run.stage != "train_vae" or run.settings.net != "fully_connected" or run.done: continue
-        shared = {k: v for k, v in run.config.items() if k not in ("method", "seed", "k", "bank")}
+        shared = {k: v for k, v in run.config.items() if k not in ("method", "source", "seed", "k", "bank")}
         alike.setdefault(digest(shared), []).append(run)
     return [stack for stack in alike.values() if len(stack) > 1]
 
