@@ -93,7 +93,9 @@ def draw_scores(
         ax.grid(axis="x")
         ax.set_axisbelow(True)
         ax.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])
-        if max(map(abs, ax.get_xlim())) >= 1e4: ax.set_xticks(ax.get_xticks()[1:-1:2]) # long numbers
+        long = about.decimals > 1 or max(map(abs, ax.get_xlim())) >= 1e4
+        ticks = [x for x in ax.get_xticks() if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]]
+        if long and len(ticks) > 2: ax.set_xticks(ticks[::2])
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #figpap01
