@@ -267,6 +267,22 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
         )
 
 
+@pytest.mark.parametrize("notebook", tracked("nbs/experiments/*.ipynb"))
+def test_no_parameter_is_overwritten(notebook):
+    "A cell that is run again must not take a variable of a later one for a parameter."
+    from dataclasses import fields
+
+    from vae_diffusion.harness.settings import Settings
+
+    cells = [c for c in json.loads((ROOT / notebook).read_text())["cells"] if c["cell_type"] == "code"]
+    code = "\n".join("".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", []))
+    top = [n for n in ast.parse(code).body if not isinstance(n, ast.FunctionDef)]
+    inner = {id(x) for n in top for c in ast.walk(n) if isinstance(c, ast.comprehension) for x in ast.walk(c)}
+    stored = {x.id for n in top for x in ast.walk(n) if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Store)
+              and id(x) not in inner}
+    assert not stored & {f.name for f in fields(Settings)}, notebook
+
+
 # Tables whose augmented runs resampled bilinearly; nbs/differences.ipynb names them.
 BILINEAR = {"binary_mnist-cpu", "fashion_mnist-cpu", "fashion_mnist-mol", "cifar10-cpu"}
 
