@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_dataset', 'fixed_subset', 'build_vae', 'build_diffusion', 'build_scheduler', 'load_trained_vae', 'open_bank',
-           'require_bank', 'weights_folder', 'build_pipeline', 'snapshot_folders', 'publish_weights', 'vae_card',
-           'published_vaes', 'publish_vaes', 'load_published_vae']
+           'require_bank', 'snapshot_folders', 'weights_folder', 'require_weights', 'build_pipeline', 'publish_weights',
+           'vae_card', 'published_vaes', 'publish_vaes', 'load_published_vae']
 
 # %% ../../nbs/harness/05_builders.ipynb #9adbf805
 import shutil
@@ -20,7 +20,7 @@ from ..core.files import digest
 from .execution import execute, require
 from .identity import Run, published_folder, published_weights_digest, stage_config
 from .runs import device, read_results
-from .settings import Settings, load_params
+from .settings import Settings, load_params, snapshots
 from ..likelihoods import family
 from ..recipe import Recipe
 
@@ -110,15 +110,28 @@ def require_bank(settings: Settings) -> SampleBank:
         execute(Run("sample_bank", replace(settings, ks=(settings.k,))))
     return open_bank(settings)
 
+# %% ../../nbs/harness/05_builders.ipynb #cell026
+def snapshot_folders(settings: Settings) -> dict: # images seen -> folder in diffusers' format; the last is `pipeline`
+    "Locate the weights that `train_diffusion` keeps."
+    folder, total = Run("train_diffusion", settings).folder, settings.dm_images
+    return {n: folder/(f"pipeline-{n}" if n < total else "pipeline") for n in snapshots(settings)}
+
 # %% ../../nbs/harness/05_builders.ipynb #4526236a
 def weights_folder(settings: Settings) -> Path: # in diffusers' format
     "Locate the diffusion model that the bank is sampled from. Raises `ProjectError` if there is none."
     if settings.weights != "trained":
         published_weights_digest(settings) # raises if there is none
         return published_folder(settings)
-    run = Run("train_diffusion", settings)
-    read_results(run) # likewise
-    return run.folder/"pipeline"
+    folder = snapshot_folders(settings)[settings.dm_seen or settings.dm_images]
+    if settings.dm_seen and folder.exists(): return folder # although the training may go on
+    read_results(Run("train_diffusion", settings)) # raises if it is not done
+    return folder
+
+def require_weights(settings: Settings) -> Path: # as `weights_folder`
+    "Locate the diffusion model that the bank is sampled from; train it first if it is missing. Raises as `require`."
+    kept = settings.dm_seen and snapshot_folders(settings)[settings.dm_seen].exists()
+    if settings.weights == "trained" and not kept: require("train_diffusion", settings)
+    return weights_folder(settings)
 
 # %% ../../nbs/harness/05_builders.ipynb #b860b4c6
 def build_pipeline(
@@ -136,13 +149,6 @@ def build_pipeline(
             raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {settings.dataset} has "
                 f"{expected}. Restore it from git, or train it again with `make publish-weights`")
     return pipe
-
-# %% ../../nbs/harness/05_builders.ipynb #cell026
-def snapshot_folders(settings: Settings) -> dict: # images seen -> folder in diffusers' format; the last is `pipeline`
-    "Locate the weights that `train_diffusion` keeps."
-    folder, total = Run("train_diffusion", settings).folder, settings.dm_images
-    seen = [total//2**i for i in reversed(range(settings.dm_snapshots))]
-    return {n: folder/(f"pipeline-{n}" if n < total else "pipeline") for n in seen}
 
 # %% ../../nbs/harness/05_builders.ipynb #cell020
 def publish_weights(

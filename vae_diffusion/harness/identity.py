@@ -76,7 +76,8 @@ def stage_config(
         if config := METHODS[settings.method].config: own["source"] = config(settings.dataset)
         if METHODS[settings.method].draws_on_bank: own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":
-        own |= {"bank": stage_config("bank", settings), "vae": stage_config("train_vae", reference_settings(settings))}
+        every = replace(settings, dm_seen=0) # it judges all weights that are kept
+        own |= {"bank": stage_config("bank", every), "vae": stage_config("train_vae", reference_settings(settings))}
     if stage == "measure_gaps":
         own["vae"] = stage_config("train_vae", settings)
         added = sorted(name for name, metric in METRICS.items() if metric.measure)

@@ -133,6 +133,8 @@ class BankSettings:
     weights: str = param("published",
         "diffusion model: `published`, another of data/weights, or `trained` by train_diffusion",
         stage="bank")
+    dm_seen: int = param(0, "images that a `trained` model had seen when it was kept; 0: the last one",
+        low=0, high=10**10, stage="bank", unless=0)
     solver: str = param("multistep", "of the sampler; the first two are deterministic",
         choices=("heun", "multistep", "stochastic"), stage="bank")
     steps: int = param(10, "of that solver", low=2, high=10_000, stage="bank")
