@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 import yaml
 from conftest import ROOT, git, run, tracked
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from packaging.requirements import Requirement
 
@@ -243,6 +245,48 @@ def test_studies_page_shows_every_study():
         assert f"| {file.split('/')[-1].removesuffix('.yaml')} " in text, f"the page does not show {file}: run it again"
 
 
+def boxes_of_lines(text, renderer):
+    "The extents of the lines of a text: left, bottom, right, top. Those of a turned text are one."
+    box, lines = text.get_window_extent(renderer), text.get_text().split("\n")
+    if text.get_rotation() or len(lines) == 1:
+        return [box.extents]
+    widths = [renderer.get_text_width_height_descent(line, text.get_fontproperties(), False)[0] for line in lines]
+    share = {"left": 0, "center": 0.5, "right": 1}[text.get_ha()]
+    left, step = [box.x0 + share * (box.width - w) for w in widths], box.height / len(lines)
+    return [(x, box.y1 - (i + 1) * step, x + w, box.y1 - i * step) for i, (x, w) in enumerate(zip(left, widths))]
+
+
+def colliding_texts(fig):
+    "The pairs of texts of a figure that cover each other, and the texts that it cuts off."
+    canvas, hidden = FigureCanvasAgg(fig), set()
+    canvas.draw()
+    renderer = canvas.get_renderer()
+    for axis in [axis for ax in fig.axes for axis in (ax.xaxis, ax.yaxis)]:
+        low, high = sorted(axis.get_view_interval())
+        ticks = [t for t in axis.get_major_ticks() + axis.get_minor_ticks() if not low <= t.get_loc() <= high]
+        hidden |= {label for t in ticks for label in (t.label1, t.label2)}
+    texts = [t for t in fig.findobj(Text) if t.get_text().strip() and t.get_visible() and t not in hidden]
+    boxes = [(t.get_text(), box) for t in texts for box in boxes_of_lines(t, renderer)]
+    found = [a for a, (x0, y0, x1, y1) in boxes if min(x0, y0) < -1 or x1 > fig.bbox.x1 + 1 or y1 > fig.bbox.y1 + 1]
+    for (a, p), (b, q) in itertools.combinations(boxes, 2):
+        if min(p[2], q[2]) - max(p[0], q[0]) > 1 and min(p[3], q[3]) - max(p[1], q[1]) > 1:
+            found.append((a, b))
+    return found
+
+
+def test_colliding_texts_are_found():
+    fig, ax = plt.subplots()
+    ax.set_title("a title")
+    assert not colliding_texts(fig)
+    ax.annotate("wider than wide\nbelow", (0.5, 0.5), xycoords="axes fraction", ha="center")
+    ax.annotate("beside", (0.6, 0.5), xycoords="axes fraction")
+    assert not colliding_texts(fig)
+    ax.annotate("over it", (0.6, 0.55), xycoords="axes fraction")
+    fig.text(0.99, 0.99, "cut off")
+    assert colliding_texts(fig) == ["cut off", ("wider than wide\nbelow", "over it")]
+    plt.close(fig)
+
+
 @pytest.mark.parametrize("csv", tracked("data/results/*.csv"))
 def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
     from vae_diffusion.benchmark import report
@@ -262,6 +306,7 @@ def test_published_figures_are_drawn_from_published_results(csv, tmp_path):
         assert not small and fig.get_figwidth() <= style.WIDTH, f"{figure}: wider than a page, or small type: {small}"
         assert fig.get_suptitle() and "_" not in style.describe(fig), f"{figure}: it must say in words what it shows"
         assert "better" in style.describe(fig), f"{figure}: no axis says which way is better"
+        assert not colliding_texts(fig), f"{figure}: texts cover each other or are cut off: {colliding_texts(fig)}"
         assert (tmp_path / f"{figure}.svg").read_text() == (ROOT / f"figures/{name}/{figure}.svg").read_text(), (
             f"figures/{name}/{figure}.svg is not what {csv} shows"
         )
