@@ -15,7 +15,7 @@ from .core.errors import ProjectError
 from .core.formats import split_binary, split_cifar, split_idx
 from .core.paths import folder_from_env, root
 from .core.published import PublishedFiles, read_npz
-from .core.rng import seed_of
+from .core.rng import generator, seed_of
 from .levels import pad
 
 # %% ../nbs/method/01_data.ipynb #cell012
@@ -46,8 +46,12 @@ class Dataset:
     test: torch.Tensor # uint8 [M,C,H,W], as `train`
     train_labels: torch.Tensor # int64 [N]
     test_labels: torch.Tensor # int64 [M]
+    valid: torch.Tensor=None # uint8 [V,C,H,W], training images held out for validation; None: none
+    rest: torch.Tensor=None # uint8 [R,C,H,W], the other training images that `subset` left out, in random order
 
     def __post_init__(self):
+        for part in "valid", "rest":
+            if getattr(self, part) is None: object.__setattr__(self, part, self.train[:0])
         if not 2 <= self.levels <= 256: raise ValueError(f"{self.name}: levels must be 2..256, found {self.levels}")
         self._check("train", self.train, self.train_labels)
         self._check("test", self.test, self.test_labels)
@@ -74,23 +78,37 @@ class Dataset:
         device, # of the images
     ):
         "Move the images to a device; the labels stay where they are."
-        return replace(self, train=self.train.to(device), test=self.test.to(device))
+        return self._map(lambda x: x.to(device))
 
     def pad(self,
         size: int, # the new height and width, pixels
     ):
         "Pad the images with zeros, centred. Raises `ProjectError` if they do not fit."
-        return replace(self, train=pad(self.train, size), test=pad(self.test, size))
+        return self._map(lambda x: pad(x, size))
+
+    def _map(self, change):
+        return replace(self, **{part: change(getattr(self, part)) for part in ("train", "test", "valid", "rest")})
 
     def subset(self,
         n_train: int=0, # number of training images, 0 for all
         n_test: int=0, # number of test images, 0 for all
+        n_valid: int=0, # number of training images held out for validation, of those that are not chosen
     ):
-        "Choose a fixed part of either, stratified by class. Raises as `stratified_indices`."
+        """Choose a fixed part of either, stratified by class. Raises as `stratified_indices`.
+
+        Raises `ProjectError` if fewer than `n_valid` training images are left."""
         train = stratified_indices(self.train_labels, n_train, f"{self.name} train")
         test = stratified_indices(self.test_labels, n_test, f"{self.name} test")
+        left = torch.ones(len(self.train), dtype=torch.bool)
+        left[train] = False
+        left = left.nonzero().squeeze(1)
+        left = left[torch.randperm(len(left), generator=generator("rest", len(train)))]
+        if n_valid > len(left): raise ProjectError(
+            f"{self.name} train: {n_valid} images are to be held out for validation, but n_train leaves {len(left)}: "
+            "lower n_train or n_valid")
         return replace(self, train=self.train[train], test=self.test[test],
-                       train_labels=self.train_labels[train], test_labels=self.test_labels[test])
+                       train_labels=self.train_labels[train], test_labels=self.test_labels[test],
+                       valid=self.train[left[:n_valid]], rest=self.train[left[n_valid:]])
 
     def __repr__(self):
         (c, h, w), train, test = self.shape, len(self.train), len(self.test)

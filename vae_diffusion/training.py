@@ -28,17 +28,18 @@ class Fit:
     seconds: float=0. # time that these took
     losses: list=field(default_factory=list) # of the steps since the last evaluation, nats per image
     curve: list=field(default_factory=list) # a dict per evaluated epoch: epoch, loss, seconds, results of `evaluate`
-    best_epoch: int=0 # the evaluated epoch with the highest test ELBO, 0 if none was measured
+    best_epoch: int=0 # the evaluated epoch with the highest validation or test ELBO, 0 if none was measured
     best: dict=field(default_factory=dict) # the weights at that epoch
 
     def record(self,
         epoch, # effective epochs done
         vae, # `models.VAE`
-        numbers, # dict of what was measured, possibly with `elbo_test` in nats per image
+        numbers, # dict of what was measured; `elbo_valid` decides, in its absence `elbo_test`, in nats per image
     ):
         "Add a point to the curve, and keep the weights if they are the best so far."
-        before = max((row["elbo_test"] for row in self.curve if "elbo_test" in row), default=-math.inf)
-        if numbers.get("elbo_test", -math.inf) > before:
+        decides = "elbo_valid" if "elbo_valid" in numbers else "elbo_test"
+        before = max((row[decides] for row in self.curve if decides in row), default=-math.inf)
+        if numbers.get(decides, -math.inf) > before:
             self.best, self.best_epoch = {k: v.detach().clone() for k, v in vae.state_dict().items()}, epoch
         loss = sum(self.losses)/max(len(self.losses), 1)
         self.curve.append({"epoch": epoch, "loss": loss, "seconds": self.seconds} | numbers)

@@ -30,7 +30,7 @@ def build_dataset(
     padded: bool=True, # to the side that the VAE takes; the diffusion model sees the images unpadded
 ) -> data.Dataset:
     "Load the chosen part of the data set. Raises as `data.load` and `Dataset.subset`."
-    part = data.load(settings.dataset).subset(settings.n_train, settings.n_test)
+    part = data.load(settings.dataset).subset(settings.n_train, settings.n_test, settings.n_valid)
     return part.pad(settings.side) if padded else part
 
 # %% ../../nbs/harness/05_builders.ipynb #7a58b094

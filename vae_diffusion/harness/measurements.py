@@ -33,13 +33,14 @@ def image_elbos(
     vae, # a `models.VAE`
     dataset: data.Dataset, # from `builders.build_dataset`
     samples: int=1, # latent samples per image
-) -> dict: # train and test -> [n], in nats
-    "Measure the ELBO of each training and each test image. Raises as `metrics.elbo`."
+) -> dict: # train, test and, if there are validation images, valid -> [n], in nats
+    "Measure the ELBO of each image of each part. Raises as `metrics.elbo`."
     parts = {"train": dataset.train, "test": dataset.test}
+    if len(dataset.valid): parts["valid"] = dataset.valid
     return {part: metrics.elbo(vae, images, dataset.levels, samples=samples) for part, images in parts.items()}
 
 def measure_elbos(*args) -> dict: # from `mean_and_stderr`, in nats per image
-    "Measure the mean ELBO of the training and of the test images. Takes and raises as `image_elbos`."
+    "Measure the mean ELBO of the images of each part. Takes and raises as `image_elbos`."
     return mean_and_stderr("elbo", image_elbos(*args))
 
 # %% ../../nbs/harness/06_measurements.ipynb #78c55291
@@ -55,9 +56,10 @@ def curve_rows(
         train, test = ((p[f"elbo_{part}"], p[f"stderr_{part}"]) for part in ("train", "test"))
         gap = train[0] - test[0], (train[1]**2 + test[1]**2)**.5
         numbers = {"elbo_train": train, "elbo_test": test, "generalization_gap": gap}
+        if "elbo_valid" in p: numbers["elbo_valid"] = p["elbo_valid"], p["stderr_valid"]
         if p["epoch"] == best_epoch: numbers["elbo_test_best"] = test
         for metric, (value, stderr) in numbers.items():
-            part = "train" if metric == "elbo_train" else "test"
+            part = {"elbo_train": "train", "elbo_valid": "valid"}.get(metric, "test")
             n = len(getattr(dataset, part))
             row = {"metric": metric, "value": value, "stderr": stderr, "n": n, "epoch": p["epoch"], "unit": "nats"}
             if metric != "generalization_gap" and p["epoch"] in kept: row["values"] = kept[p["epoch"]][part]

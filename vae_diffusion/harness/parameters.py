@@ -88,7 +88,11 @@ class DataSettings:
     scale: str = param("smoke", "the name of this set of numbers", choices=("smoke", "cpu", "paper"))
     n_train: int = param(0, "training images, a fixed stratified part; 0: all", low=0, high=2**31, stage="all")
     n_test: int = param(0, "test images, likewise; 0: all", low=0, high=2**31, stage="all")
+    n_valid: int = param(0, "training images outside of these that choose the best epoch; 0: test images do",
+        low=0, high=2**31, stage="train_vae", unless=0)
     method: str = param("normal", "where the training images come from", choices=METHODS, stage="train_vae")
+    strength: float = param(0., "of a method that has one, such as the share of real images", low=0,
+        stage="train_vae", unless=0.)
     seed: int = param(0, "of initial weights, data order and training noise", low=0, high=2**31, stage="train_vae")
     k: int = param(2, "bank images used, over |D_train|, by a method that draws on a bank", high=10_000, stage="report")
 

@@ -17,6 +17,7 @@ from ..core import paths, stopping
 from ..core.errors import ProjectError
 from . import parameters
 from .parameters import param, validate_value
+from ..sources import METHODS
 
 # %% ../../nbs/harness/00_settings.ipynb #set00012
 def snapshots(
@@ -53,6 +54,10 @@ def validate_vae(
 ):
     "Raise `ProjectError` if the parameters of the VAE and of its measurement do not go together."
     side, samples, dataset = settings.side, settings.star_samples, settings.dataset
+    method, meaning = settings.method, METHODS[settings.method].strength
+    if bool(meaning) != bool(settings.strength): raise ProjectError(
+        f"strength is {settings.strength:g}, but the method {method} " +
+        (f"needs one above 0: {meaning}" if meaning else "has none: set it to 0"))
     if settings.net == "residual" and side % 4:
         raise ProjectError(f"side is {side}, but the residual network quarters it: choose a multiple of 4")
     if settings.likelihood == "bernoulli" and data.DATASETS[dataset].levels > 2:

@@ -38,7 +38,7 @@ def training_sources(
     banks, found = shared_banks(settings, len(images.train)), []
     for s in settings:
         bank = banks[digest(stage_config("bank", s))] if METHODS[s.method].draws_on_bank else None
-        found.append(training_source(s.method, images, s.seed, bank, s.k))
+        found.append(training_source(s.method, images, s.seed, bank, s.k, s.strength))
     return found
 
 # %% ../../nbs/harness/07_stacks.ipynb #4105297d
