@@ -12,7 +12,7 @@ from pathlib import Path
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 HALLWAY = """index tour play glossary results/overview results/digits results/binary_mnist results/fashion_mnist
-    results/cifar10 results/optimizers results/benchmarks results/reliability differences reproduce gpu
+    results/cifar10 results/controls results/optimizers results/benchmarks results/reliability differences reproduce gpu
     experiments/train_diffusion experiments/measure_diffusion experiments/sample_bank experiments/train_vae
     experiments/measure_gaps experiments/report library adding""".split()
 FOLDERS = "method", "metrics", "core", "harness", "benchmark"  # of the pages that define
@@ -56,7 +56,7 @@ def aside(cell):
 
 def tidy(page, content, before=None, after=None):
     "Puts both into the content of a page."
-    cells = content["cells"]
+    cells = content["cells"] = [c for c in content["cells"] if c["id"] != "links000"]
     for cell in cells:
         if cell["cell_type"] == "code":
             cell["metadata"].pop("jupyter", None)
