@@ -35,6 +35,7 @@ ALSO = {
     "ms_ssim_input_last": Metric(
         "similarity of attacked images, attack as in the code of Kuzina et al.", "MS-SSIM", 3, "higher"),
     "robustness_gap_last": Metric("robustness gap, attack as in the code of Kuzina et al.", "MS-SSIM", 3),
+    "diffusion_loss": Metric("loss of the diffusion model", unit="weighted squared error"),
     "bound_train": Metric("bound on log p, training images", better="higher"),
     "bound_test": Metric("bound on log p, test images", better="higher")}
 
