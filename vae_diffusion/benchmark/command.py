@@ -29,7 +29,8 @@ def measure_missing(
     "Measure the cases of one part that the stored table lacks."
     kept, known = folder/f"{name}.csv", stored[stored.benchmark.isin({b for b, _, _ in cases})]
     if len(known) and not kept.exists():
-        with files.atomic_write(kept, checksum=True) as tmp: known.drop(columns="hardware").to_csv(tmp, index=False)
+        with files.atomic_write(kept, checksum=True) as tmp:
+            known.drop(columns="hardware").to_csv(tmp, index=False)
     return run_interleaved(cases, n, torch.get_num_threads(), kept)
 
 # %% ../../nbs/benchmark/06_command.ipynb #cmd05red
@@ -41,7 +42,8 @@ def read_stored(
     if not file.exists(): return pd.DataFrame(columns=["benchmark", "hardware"])
     stored = tables.read_table(file)
     if others := {*stored.hardware} - {hardware}:
-        raise ProjectError(f"{file} was measured on {others.pop()}, not {hardware}. Delete it to measure again.")
+        raise ProjectError(
+            f"{file} was measured on {others.pop()}, not {hardware}. Delete it to measure again.")
     return stored
 
 # %% ../../nbs/benchmark/06_command.ipynb #cmd06wri
@@ -57,11 +59,12 @@ def write_stored(
 def run_benchmark(
     repetitions: int=5, # of each case of speed; growth has 3, and the ELBO one per seed
 ):
-    """Measure what `data/results/bench-<machine>.csv` lacks, and write it and its figures. A stopped call is resumed.
+    """Measure what `data/results/bench-<machine>.csv` lacks, and write it and its figures.
 
-    Raises `ProjectError` if the file was measured on other hardware."""
+    A stopped call is resumed. Raises `ProjectError` if the file was measured on other hardware."""
     machine, hardware = f"bench-{machine_name()}", runs.hardware(runs.device())
-    folder, file = paths.runs()/f"{machine}-{torch.get_num_threads()}-threads", paths.results()/f"{machine}.csv"
+    folder = paths.runs()/f"{machine}-{torch.get_num_threads()}-threads"
+    file = paths.results()/f"{machine}.csv"
     folder.mkdir(parents=True, exist_ok=True)
     stored = read_stored(file, hardware)
     plan = ("speed", suite.SPEED, repetitions), ("elbo", suite.ELBO, 1), ("growth", suite.COST, 3)

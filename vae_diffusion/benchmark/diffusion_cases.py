@@ -25,7 +25,8 @@ def make_unet(widths, layers, side=28, channels=1):
 def random_images(net, n): # uint8 [n,C,H,W] on the device
     "Draw random images of the size that the network takes."
     c, side = net.config.in_channels, net.config.sample_size
-    return torch.randint(256, (n, c, side, side), dtype=torch.uint8, generator=rng.generator("bench")).to(runs.device())
+    g = rng.generator("bench")
+    return torch.randint(256, (n, c, side, side), dtype=torch.uint8, generator=g).to(runs.device())
 
 # %% ../../nbs/benchmark/02_diffusion_cases.ipynb #0e875bcf
 def training_gflops(net):
@@ -65,9 +66,11 @@ def train_diffusers(batch=32, seconds=3., widths=(24, 48, 96), layers=1, **size)
     ema = EMAModel(net.parameters(), use_ema_warmup=True)
     optimizer = torch.optim.AdamW(net.parameters(), 1e-4, betas=(.95, .999), weight_decay=1e-6)
     def step(i):
-        x = 2*levels.to_unit(images[torch.randint(len(images), (batch,)).to(images.device)], 256, check=False) - 1
+        rows = torch.randint(len(images), (batch,)).to(images.device)
+        x = 2*levels.to_unit(images[rows], 256, check=False) - 1
         noise, t = torch.randn_like(x), torch.randint(len(scheduler.timesteps), (batch,), device=x.device)
-        with torch.autocast(x.device.type, torch.bfloat16): found = net(scheduler.add_noise(x, noise, t), t).sample
+        with torch.autocast(x.device.type, torch.bfloat16):
+            found = net(scheduler.add_noise(x, noise, t), t).sample
         (found.float() - noise).square().mean().backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
         optimizer.step()
@@ -97,7 +100,7 @@ def sample_ours(solver="heun", steps=18, precision="float32", n=128, compiled=Fa
     generators = [rng.generator("bench", i) for i in range(n)]
     def draw(): pipe(n, generators, steps, "pt", solver=solver, precision=precision)
     if compiled:
-        for _ in range(diffusion_training.Graphed.plain_calls): draw() # after these, calls replay a CUDA graph
+        for _ in range(diffusion_training.Graphed.plain_calls): draw() # then calls replay a CUDA graph
     calls, seconds = time_calls(draw, 1)
     return calls*n, seconds, sampling_gflops(net, 2*steps - 1 if solver == "heun" else steps)
 
@@ -108,7 +111,8 @@ def sample_ddim(steps=35, n=128, **size):
     pipe = DDIMPipeline(frozen_unet(**size), DDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     generators = [rng.generator("bench", i) for i in range(n)]
-    calls, seconds = time_calls(lambda: pipe(batch_size=n, generator=generators, num_inference_steps=steps), 1)
+    def draw(): pipe(batch_size=n, generator=generators, num_inference_steps=steps)
+    calls, seconds = time_calls(draw, 1)
     return calls*n, seconds, sampling_gflops(pipe.unet, steps)
 
 # %% ../../nbs/benchmark/02_diffusion_cases.ipynb #9fe14351

@@ -29,7 +29,7 @@ def untrained_vae(n): # `models.VAE`, images uint8 [n,1,32,32]
 def attack_ours(n=50, restarts=10, steps=50):
     "Time attacks of all images and restarts at once."
     vae, x = untrained_vae(n)
-    gflop = 2*steps*count_gflops(lambda: vae.encode(levels.to_unit(x[:1], 2))) # the gradient costs as much as the value
+    gflop = 2*steps*count_gflops(lambda: vae.encode(levels.to_unit(x[:1], 2))) # the gradient costs as much
     calls, seconds = time_calls(lambda: metrics.attack(vae, levels.to_unit(x, 2), restarts, steps), 1)
     return calls*n*restarts, seconds, gflop
 
@@ -61,19 +61,21 @@ def search_q_star(n=1000, batch=1000, steps=200):
     "Time the search for q* of n images, `batch` at a time."
     vae, x = untrained_vae(n)
     samples, starts = 4, 2
-    gflop = 2*steps*samples*starts*count_gflops(lambda: vae.decode(torch.zeros(1, *vae.latent_shape, device=x.device)))
+    z = torch.zeros(1, *vae.latent_shape, device=x.device)
+    gflop = 2*steps*samples*starts*count_gflops(lambda: vae.decode(z))
     start = time.perf_counter()
     metrics.amortization_gap(vae, x, 2, steps=steps, samples=samples, batch=batch)
     return n, time.perf_counter() - start, gflop
 
 # %% ../../nbs/benchmark/03_metric_cases.ipynb #d8444c2b
-def compare_ms_ssim(package, n=64, side=176): # "ours", "torchmetrics" or "pytorch_msssim", which need large images
+def compare_ms_ssim(package, n=64, side=176): # ours, torchmetrics or pytorch_msssim, which need large images
     "Time MS-SSIM of grey images."
     x = torch.rand(2, n, 1, side, side, generator=rng.generator("bench")).to(runs.device())
     if package == "ours": f, options = metrics.ms_ssim, {}
     elif package == "torchmetrics":
         from torchmetrics.functional import image
-        f, options = image.multiscale_structural_similarity_index_measure, {"data_range": 1., "reduction": "none"}
+        f = image.multiscale_structural_similarity_index_measure
+        options = {"data_range": 1., "reduction": "none"}
     else:
         import pytorch_msssim
         f, options = pytorch_msssim.ms_ssim, {"data_range": 1., "size_average": False}

@@ -30,16 +30,17 @@ def name_rival(
 
 # %% ../../nbs/benchmark/05_report.ipynb #report01
 UNITS = {
-    "training": "images", "training, residual": "images", "sampling": "images", "training, diffusion": "images",
-    "training, large diffusion": "images", "sampling, large": "images", "attack": "attacks", "q*": "images",
-    "MS-SSIM": "pairs"}
+    "training": "images", "training, residual": "images", "sampling": "images",
+    "training, diffusion": "images", "training, large diffusion": "images", "sampling, large": "images",
+    "attack": "attacks", "q*": "images", "MS-SSIM": "pairs"}
 
 # %% ../../nbs/benchmark/05_report.ipynb #90dfde2b
 def summarize_benchmark(
     table: pd.DataFrame, # as stored
 ) -> pd.DataFrame: # one row per case: units per second, ratio to the rival, share of the peak in [0,1], MB
     "Take medians over the repetitions, NaN where a case was not measured."
-    peak = {c: (t.value*t.gflop).median() for c, t in table[table.benchmark == "matrix product"].groupby("case")}
+    products = table[table.benchmark == "matrix product"].groupby("case")
+    peak = {c: (t.value*t.gflop).median() for c, t in products}
     rows = []
     for benchmark, case, _ in [c for c in suite.SPEED if c[0] in UNITS]:
         t = table[(table.benchmark == benchmark) & (table.case == case)]
@@ -91,8 +92,9 @@ def speed_result(
 def project_hours(
     table: pd.DataFrame, # from `summarize_benchmark`
 ) -> pd.DataFrame: # hours
-    "Project the training time of the paper's grid (4 methods, 3 seeds, 1000 effective epochs) at our fastest rates."
-    rate = lambda benchmark: table[(table.benchmark == benchmark) & table.case.str.startswith("ours")].rate.max()
+    "Project the time of the paper's grid (4 methods, 3 seeds, 1000 effective epochs) at our fastest rates."
+    ours = table[table.case.str.startswith("ours")]
+    rate = lambda benchmark: ours[ours.benchmark == benchmark].rate.max()
     sizes = {
         "BinaryMNIST": ("training", 60_000), "FashionMNIST": ("training", 60_000),
         "CIFAR-10": ("training, residual", 50_000)}
@@ -107,7 +109,8 @@ def speed_figure(
     "Draw the speed of each case over its rival's."
     names = {"ratio": "mean", "ratio_low": "low", "ratio_high": "high"}
     t = table[table.ratio.notna() & (table.case != table.benchmark.map(RIVALS))].rename(columns=names)
-    t = t.assign(label=t.benchmark + ": " + t.case, ours=t.case.str.startswith("ours"), seed_value=float("nan"))
+    t = t.assign(
+        label=t.benchmark + ": " + t.case, ours=t.case.str.startswith("ours"), seed_value=float("nan"))
     plot = style.add_means(so.Plot(t.reset_index(drop=True), y="label", color="ours"))
     plot = plot.scale(color={True: style.COLORS["dmaapx"], False: style.REAL})
     plot = plot.label(x="speed / rival's speed: median and range (better →)", y="")
@@ -140,7 +143,8 @@ def growth_figure(
     "Draw milliseconds per training step and memory against one number at a time (lower is better)."
     t = table[table.benchmark == "growth"].assign(step=lambda t: 1e3/t.value)
     t = t.melt(["case", "x"], ["step", "memory"], "what", "cost")
-    plot = so.Plot(t, x="x", y="cost").facet("case", "what", {"col": [*suite.GROWTH], "row": ["step", "memory"]})
+    order = {"col": [*suite.GROWTH], "row": ["step", "memory"]}
+    plot = so.Plot(t, x="x", y="cost").facet("case", "what", order)
     plot = plot.add(so.Band(color=style.REAL), so.Est("median", ("pi", 100)), legend=False)
     plot = plot.add(so.Line(color="black", marker="o", pointsize=3), so.Agg("median"), legend=False)
     plot = plot.share(x="col", y="row").scale(x="log", y="log").label(x="", y="")
@@ -151,7 +155,8 @@ def growth_figure(
         if i >= len(suite.GROWTH): ax.set_xlabel(AXIS_LABELS[name])
         style.set_log_ticks(ax.xaxis, values if len(values) < 5 else values[::2])
         low, high = ax.get_ylim()
-        style.set_log_ticks(ax.yaxis, [y for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low < y < high])
+        ticks = [y for y in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low < y < high]
+        style.set_log_ticks(ax.yaxis, ticks)
     fig.axes[0].set_ylabel("step / ms\n(lower is better)")
     fig.axes[len(suite.GROWTH)].set_ylabel("memory / MB\n(lower is better)")
     return fig
@@ -162,6 +167,6 @@ def benchmark_figures(
 ) -> dict: # name -> `Figure`
     "Draw the published figures of one machine."
     where = f"on {table.hardware.iloc[0]}"
+    speed = f"How fast each part is beside its rival, {where}"
     growth = f"What a training step of ours costs as one number grows, {where}: median and range"
-    return {"speed": speed_figure(summarize_benchmark(table), f"How fast each part is beside its rival, {where}"),
-            "growth": growth_figure(table, growth)}
+    return {"speed": speed_figure(summarize_benchmark(table), speed), "growth": growth_figure(table, growth)}

@@ -11,7 +11,8 @@ from .diffusion_cases import sample_ddim, sample_euler, sample_ours, train_diffu
 from .diffusion_cases import train_diffusion
 from .metric_cases import attack_loop, attack_ours, compare_ms_ssim, search_q_star
 from .timing import multiply_matrices
-from .vae_cases import final_elbo, train_on_bank, train_ours, train_pythae, train_residual
+from .vae_cases import final_elbo, train_on_bank, train_ours, train_pythae
+from .vae_cases import train_residual
 from ..core.errors import ProjectError
 
 
@@ -56,7 +57,8 @@ SPEED = {
         (require_gpu, {"case": train_diffusion, "batch": 256, **LARGE}),
     ("training, large diffusion", "ours, bfloat16, Muon, batch 512", None):
         (require_gpu, {"case": train_diffusion, "batch": 512, **LARGE}),
-    ("sampling, large", "DDIMPipeline, 35 evaluations", None): (require_gpu, {"case": sample_ddim, "n": 1024, **LARGE}),
+    ("sampling, large", "DDIMPipeline, 35 evaluations", None):
+        (require_gpu, {"case": sample_ddim, "n": 1024, **LARGE}),
     ("sampling, large", "ours, bfloat16, 35 evaluations", None):
         (require_gpu, {"case": sample_ours, "precision": "bfloat16", "n": 1024, **LARGE}),
     ("sampling, large", "ours, bfloat16, compiled, 35 evaluations", None):
@@ -78,7 +80,8 @@ SPEED = {
 
 # %% ../../nbs/benchmark/04_suite.ipynb #bb276349
 WAYS = "pythae", "float32", "bfloat16", "compiled"
-ELBO = {("test ELBO", way, seed): (final_elbo, {"way": way, "seed": seed}) for seed in range(3) for way in WAYS}
+ELBO = {("test ELBO", way, seed): (final_elbo, {"way": way, "seed": seed})
+        for seed in range(3) for way in WAYS}
 
 # %% ../../nbs/benchmark/04_suite.ipynb #49c2d773
 GROWTH = {

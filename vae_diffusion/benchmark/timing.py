@@ -61,11 +61,13 @@ def run_interleaved(
     """Run all cases in turn, `repetitions` times, each in a process of its own.
 
     A case whose package is missing is skipped with a message. Raises `ProjectError` if `file` is damaged."""
-    context, rows = get_context("spawn" if torch.cuda.is_available() else "forkserver"), [] # no CUDA after a fork
+    context = get_context("spawn" if torch.cuda.is_available() else "forkserver") # no CUDA after a fork
+    rows = []
     if file and Path(file).exists():
         rows = tables.read_table(file).astype(object).where(lambda t: t.notna(), None).to_dict("records")
     seen = {(r["benchmark"], r["case"], r["x"], r["repetition"]) for r in rows}
-    if context.get_start_method() == "forkserver": context.set_forkserver_preload(["vae_diffusion.benchmark.suite"])
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["vae_diffusion.benchmark.suite"])
     bar = progress_bar(total=len(cases)*repetitions, disable=not progress)
     with ProcessPoolExecutor(1, context, max_tasks_per_child=1) as pool, bar:
         for i in range(repetitions):
@@ -77,7 +79,8 @@ def run_interleaved(
                 try: rows.append(named | pool.submit(run_case, f, threads, arguments).result())
                 except (ImportError, ProjectError) as e: bar.write(f"{benchmark}, {case}: skipped ({e})")
                 if file and rows:
-                    with files.atomic_write(file, checksum=True) as tmp: pd.DataFrame(rows).to_csv(tmp, index=False)
+                    with files.atomic_write(file, checksum=True) as tmp:
+                        pd.DataFrame(rows).to_csv(tmp, index=False)
     return pd.DataFrame(rows)
 
 # %% ../../nbs/benchmark/00_timing.ipynb #cell009

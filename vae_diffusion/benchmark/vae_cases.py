@@ -70,9 +70,10 @@ def pythae_trainer(vae, images, epochs, batch, seed):
             super().__init__()
             self.net = vae.decoder
         def forward(self, z): return ModelOutput(reconstruction=self.net(z).sigmoid())
-    model = VAE(VAEConfig(input_dim=images.shape, latent_dim=16, reconstruction_loss="bce"), Encoder(), Decoder())
-    config = BaseTrainerConfig(output_dir=tempfile.mkdtemp(), num_epochs=epochs, per_device_train_batch_size=batch,
-        learning_rate=5e-4, optimizer_cls="Adam", seed=seed)
+    model = VAE(VAEConfig(input_dim=images.shape, latent_dim=16, reconstruction_loss="bce"),
+                Encoder(), Decoder())
+    config = BaseTrainerConfig(output_dir=tempfile.mkdtemp(), num_epochs=epochs,
+        per_device_train_batch_size=batch, learning_rate=5e-4, optimizer_cls="Adam", seed=seed)
     x = levels.to_unit(images.train, 2)
     return BaseTrainer(model, train_dataset=BaseDataset(x, torch.zeros(len(x))), training_config=config)
 
@@ -111,7 +112,8 @@ def final_elbo(
 def train_residual(compile=False, n=400, nc=256, batch=100):
     "Time the residual VAE with a mixture of logistics on random images of CIFAR-10's shape, in bfloat16."
     n = scaled_work(n)
-    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=rng.generator("bench")).to(runs.device())
+    g = rng.generator("bench")
+    images = torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=g).to(runs.device())
     labels = torch.zeros(n, dtype=torch.int64)
     chosen = settings.Settings(net="residual", nc=nc, likelihood="mol", dataset="cifar10", bf16=True)
     vae = builders.build_vae(chosen, data.Dataset("cifar10", 256, images, images, labels, labels))
@@ -137,7 +139,8 @@ def train_on_bank(train=10_000, k=1, side=32, batch=100, width=512, steps=200):
         small = torch.zeros(train, 1, side, side, dtype=torch.uint8)
         labels = torch.zeros(train, dtype=torch.int64)
         images = data.Dataset("binary_mnist", 2, small, small[:1], labels, labels[:1])
-        with torch.random.fork_rng(): vae = models.fully_connected(images.shape, family("bernoulli"), (width, width))
+        with torch.random.fork_rng():
+            vae = models.fully_connected(images.shape, family("bernoulli"), (width, width))
         source = sources.training_source("dmaapx", images, 0, bank, k)
         fit = training.fit(vae.to(runs.device()), source, batch*steps, 2, 1, batch, progress=False)
     return fit.step, fit.seconds, None

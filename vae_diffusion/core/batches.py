@@ -35,7 +35,7 @@ def row_indices(
     index, # int, slice, list, mask, array or tensor: whatever NumPy accepts for one axis
     n: int, # number of rows
 ) -> np.ndarray: # integers in 0..n-1, in the shape that NumPy would give
-    "Return the rows that an index selects. Raises `IndexError` for rows out of range and for invalid indices."
+    "Return the rows that an index selects. Raises `IndexError` for rows out of range and invalid indices."
     if isinstance(index, torch.Tensor): index = index.numpy(force=True)
     if isinstance(index, tuple):
         raise IndexError(f"only rows can be selected, not {index}: index the resulting images instead")

@@ -39,5 +39,6 @@ def disk_errors(
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise ProjectError(
-            f"{path} cannot be written ({reason}). Free some space or grant permission, or set VAE_DIFFUSION_RUNS or "
-            "VAE_DIFFUSION_CACHE to another folder; then run the same command again, and it resumes from here.") from e
+            f"{path} cannot be written ({reason}). Free some space or grant permission, "
+            "or set VAE_DIFFUSION_RUNS or VAE_DIFFUSION_CACHE to another folder; "
+            "then run the same command again, and it resumes from here.") from e

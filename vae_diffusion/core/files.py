@@ -59,7 +59,7 @@ def digest(
     obj, # bytes, or anything that can be written as JSON
     length: int=12, # number of hexadecimal digits to keep
 ) -> str:
-    "Return the shortened SHA-256 of `obj`. Raises `TypeError`, or `ValueError` for NaN and infinities, if not JSON."
+    "Return a short SHA-256 of `obj`. Raises `TypeError`, or `ValueError` for NaN and infinity, if not JSON."
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
 
@@ -95,7 +95,8 @@ def add_checksum(
     try:
         lock_file(here, path.parent)
         lines = read_checksums(path.parent)
-        lines = [(d, n) for d, n in lines if n != path.name or keep_old and d != digest] + [(digest, path.name)]
+        lines = [(d, n) for d, n in lines if n != path.name or keep_old and d != digest]
+        lines.append((digest, path.name))
         text = "".join(f"{d}  {n}\n" for d, n in sorted(lines, key=lambda line: line[1]))
         write_text(path.parent/"SHA256SUMS", text)
     finally: os.close(here)
@@ -148,7 +149,8 @@ def atomic_folder(
     folder = Path(folder)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".tmp.", ignore_cleanup_errors=True) as tmp:
+        place = {"dir": folder.parent, "prefix": ".tmp.", "ignore_cleanup_errors": True}
+        with tempfile.TemporaryDirectory(**place) as tmp:
             new = Path(tmp)/"new"
             new.mkdir()
             yield new

@@ -36,11 +36,12 @@ def read_published(
         else: found = f"{len(data):,} bytes" if len(data) < size else "more bytes"
     except FileNotFoundError: found = "no such file"
     except (OSError, EOFError, ValueError, zlib.error) as e: found = f"a file that cannot be read ({e})"
-    raise ProjectError(f"{path}: expected {size:,} bytes (uncompressed) with MD5 {md5}, found {found}. {remedy}")
+    raise ProjectError(
+        f"{path}: expected {size:,} bytes (uncompressed) with MD5 {md5}, found {found}. {remedy}")
 
 # %% ../../nbs/core/08_formats.ipynb #cell041
 def parse_idx(data: bytes) -> np.ndarray: # uint8, with as many axes as the header says
-    "Parse an IDX file (LeCun et al., the MNIST page). Raises `ValueError` if its header and its length disagree."
+    "Parse an IDX file (LeCun et al., the MNIST page). Raises `ValueError` if header and length disagree."
     if data[:3] != b"\0\0\x08" or len(data) < 4: raise ValueError("not an IDX file of uint8")
     start = 4+4*data[3]
     shape = [int.from_bytes(data[i:i+4], "big") for i in range(4, start, 4)]
@@ -74,7 +75,8 @@ def unpickle_batch(data: bytes) -> bytes: # in the format of `parse_cifar`
     "Convert a pickled batch of CIFAR-10 to a binary one. Raises `ValueError` if the bytes are not one."
     try:
         batch = _Batch(io.BytesIO(data), encoding="bytes").load()
-        labels, pixels = (np.frombuffer(x, np.uint8) for x in (bytes(batch[b"labels"]), batch[b"data"].state[-1]))
+        parts = bytes(batch[b"labels"]), batch[b"data"].state[-1]
+        labels, pixels = (np.frombuffer(part, np.uint8) for part in parts)
         return np.column_stack([labels, pixels.reshape(len(labels), 3072)]).tobytes()
     except Exception as e: raise ValueError(f"not a pickled batch of CIFAR-10: {e}") from e
 

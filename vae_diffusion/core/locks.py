@@ -24,8 +24,10 @@ def lock_file(
     try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB*(not wait))
     except BlockingIOError: raise
     except OSError as e:
-        raise ProjectError(f"{path} cannot be locked ({e.strerror or e}); some network disks do not support locks. Set "
-            "VAE_DIFFUSION_RUNS and VAE_DIFFUSION_CACHE to folders on a local disk and run it again.") from e
+        raise ProjectError(
+            f"{path} cannot be locked ({e.strerror or e}); some network disks do not support locks. "
+            "Set VAE_DIFFUSION_RUNS and VAE_DIFFUSION_CACHE to folders on a local disk "
+            "and run it again.") from e
 
 # %% ../../nbs/core/02_locks.ipynb #09a34c8e
 def acquire(

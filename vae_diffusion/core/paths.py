@@ -19,11 +19,12 @@ def folder_from_env(
     variable: str, # name of an environment variable
     below, # base of a relative path
 ) -> Path: # None if the variable is unset or empty
-    "Return the folder that a variable names, expanding `~`. Raises `ProjectError` for the home of an unknown user."
+    "Return the folder that a variable names, expanding `~`. Raises `ProjectError` for an unknown user."
     if not (given := os.environ.get(variable)): return None
     try: return Path(below)/Path(given).expanduser()
     except RuntimeError as e:
-        raise ProjectError(f"{variable} is {given!r}, but there is no such user: set it to another folder") from e
+        raise ProjectError(
+            f"{variable} is {given!r}, but there is no such user: set it to another folder") from e
 
 # %% ../../nbs/core/01_paths.ipynb #2f8893a6
 def cache() -> Path: # the folder for downloads
@@ -56,6 +57,6 @@ def runs() -> Path: # one folder per data set and scale
     "Return the folder of the runs, outside git. Raises `ProjectError` if its path contains braces."
     folder = folder_from_env("VAE_DIFFUSION_RUNS", root()) or root()/"runs"
     if set("{}") & set(str(folder)):
-        raise ProjectError(f"{folder} has braces in its name, which papermill and snakemake take for placeholders: "
-            "set VAE_DIFFUSION_RUNS to another folder")
+        raise ProjectError(f"{folder} has braces in its name, which papermill and snakemake take for "
+            "placeholders: set VAE_DIFFUSION_RUNS to another folder")
     return folder

@@ -55,7 +55,8 @@ def download(
             downloader = pooch.HTTPDownloader(progressbar=bar, timeout=(10, 30))
             try: return Path(store.fetch(file, downloader=downloader))
             except (OSError, ValueError) as e: failures.append(f"  {mirror}{file}: {e}")
-    raise ProjectError("\n".join([f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
+    raise ProjectError("\n".join([
+        f"{folder/file}: expected a file with MD5 {md5}, but the download failed:", *failures,
         "Run again when the server can be reached, or set VAE_DIFFUSION_DATA to a folder that holds "
         f"{folder.name}/ with the published files."]))
 
@@ -64,7 +65,7 @@ def extract(
     archive: Path, # a tar.gz file
     files: dict, # expected file -> (bytes, MD5)
 ):
-    "Write the expected files of an archive beside it, each atomically. Raises `ProjectError` if one is missing."
+    "Write the expected files of an archive beside it, atomically. Raises `ProjectError` if one is missing."
     missing = set(files)
     try:
         with tarfile.open(archive, "r:gz") as tar:
@@ -99,7 +100,8 @@ def locate(
     file: str, # one of `source.files`
 ) -> Path: # where it should be, if it is nowhere
     "Find a file in a folder of the data set or the given one itself, compressed or not."
-    spots = [folder/place/name for place in (source.folder, *source.also, "") for name in (file, Path(file).stem)]
+    names = file, Path(file).stem
+    spots = [folder/place/name for place in (source.folder, *source.also, "") for name in names]
     return next((path for path in spots if path.exists()), spots[0])
 
 def describe_folder(folder: Path) -> str: # a sentence
@@ -115,8 +117,10 @@ def read_files(
 ) -> tuple: # train images, train labels, test images, test labels
     "Read the published files and check each. Raises `ProjectError` for a missing or altered one."
     here = folder or fetch(source)
-    remedy = f"{describe_folder(here)} Put the published file there, or name no folder (unset VAE_DIFFUSION_DATA) " \
-        "to have it downloaded." if folder else "Delete it and run the same command again."
+    remedy = "Delete it and run the same command again."
+    if folder:
+        remedy = (f"{describe_folder(here)} Put the published file there, or name no folder "
+                  "(unset VAE_DIFFUSION_DATA) to have it downloaded.")
     def content(file):
         path = locate(source, here, file) if folder else here/file
         pickled = file.endswith(".bin") and path.name != file
@@ -128,7 +132,7 @@ def read_npz(
     file: str, # name of the file
     folder: Path, # that holds it
 ) -> tuple: # train images [N,C,H,W], train labels, test images, test labels
-    "Read images `train`, `test` [N,H,W] or [N,C,H,W], and their labels. Raises `ProjectError` for anything else."
+    "Read images `train`, `test` [N,H,W] or [N,C,H,W], and labels. Raises `ProjectError` for anything else."
     path = Path(folder or ".")/file
     parts = "train", "train_labels", "test", "test_labels"
     try:
@@ -138,5 +142,6 @@ def read_npz(
                            "Set VAE_DIFFUSION_DATA to the folder that holds it.") from e
     for part, a in zip(parts, found):
         if a.dtype.kind not in "iu" or a.min(initial=0) < 0 or a.max(initial=0) > 255: raise ProjectError(
-            f"{path}: {part} must hold whole numbers from 0 to 255, not {a.dtype} from {a.min()} to {a.max()}")
+            f"{path}: {part} must hold whole numbers from 0 to 255, "
+            f"not {a.dtype} from {a.min()} to {a.max()}")
     return tuple(a[:, None] if a.ndim == 3 else a for a in found)

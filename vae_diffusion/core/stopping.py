@@ -19,7 +19,7 @@ _outer = os.environ.get("VAE_DIFFUSION_UNTIL", "inf") # the limit that this proc
 
 # %% ../../nbs/core/04_stopping.ipynb #stops01
 def deadline() -> float: # as `time.time()`
-    "Return when this process must have stopped: `VAE_DIFFUSION_UNTIL`, or never. Raises `ProjectError` for no number."
+    "Return the time by which to stop: `VAE_DIFFUSION_UNTIL`, or never. Raises `ProjectError` for no number."
     given = os.environ.get("VAE_DIFFUSION_UNTIL", "inf")
     try: return float(given)
     except ValueError as e:
@@ -47,7 +47,7 @@ def check_deadline():
 
 # %% ../../nbs/core/04_stopping.ipynb #cell020
 class _StopRequests(list):
-    "What asked a loop to stop: true after a signal, or if the next look at this list would come after the time limit."
+    "What asked a loop to stop: true after a signal, or if the next look would come after the time limit."
     last, longest = 0., 0. # time of the last look, longest time between two
     def __bool__(self):
         now = time.time()
@@ -99,7 +99,9 @@ def resumable_range(
     file, # where its state is stored when it is stopped; None: nowhere
     *states: dict, # name -> tensor; stored when it is stopped, and overwritten in place when it is resumed
 ):
-    "Yield the numbers of the remaining steps. If it is stopped, the state is stored in `file`; the next call resumes."
+    """Yield the numbers of the remaining steps.
+
+    If it is stopped, the state is stored in `file`; the next call resumes."""
     def tensors():
         named = {f"{i}.{name}": t for i, state in enumerate(states) for name, t in state.items()}
         return {name: t for name, t in named.items() if isinstance(t, torch.Tensor)}

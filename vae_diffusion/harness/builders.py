@@ -51,7 +51,8 @@ def build_vae(
                         sigma=settings.sigma, components=settings.components)
     with torch.random.fork_rng():
         torch.manual_seed(rng.seed_of("init", settings.seed))
-        if settings.net == "residual": vae = models.residual(dataset.shape, likelihood, settings.nc, settings.mz)
+        if settings.net == "residual":
+            vae = models.residual(dataset.shape, likelihood, settings.nc, settings.mz)
         else:
             vae = models.fully_connected(dataset.shape, likelihood, settings.hidden, settings.latent,
                                          settings.activation, settings.normalisation)
@@ -111,8 +112,8 @@ def require_bank(settings: Settings) -> SampleBank:
     return open_bank(settings)
 
 # %% ../../nbs/harness/05_builders.ipynb #cell026
-def snapshot_folders(settings: Settings) -> dict: # images seen -> folder in diffusers' format; the last is `pipeline`
-    "Locate the weights that `train_diffusion` keeps."
+def snapshot_folders(settings: Settings) -> dict: # images seen -> folder in diffusers' format
+    "Locate the weights that `train_diffusion` keeps; the last are in `pipeline`."
     folder, total = Run("train_diffusion", settings).folder, settings.dm_images
     return {n: folder/(f"pipeline-{n}" if n < total else "pipeline") for n in snapshots(settings)}
 
@@ -139,15 +140,16 @@ def build_pipeline(
     dataset: data.Dataset, # unpadded
     folder=None, # of the model; None: the one that the bank is sampled from
 ): # -> `sampling.EDMPipeline` on the device
-    "Load the diffusion model. Raises `ProjectError` if it is missing, damaged, or draws images of another kind."
+    "Load the diffusion model. Raises `ProjectError` if it is missing, damaged, or draws other images."
     from vae_diffusion import pipelines # imported here, for diffusers is slow
     folder = folder or weights_folder(settings)
     pipe = pipelines.load_pipeline(folder, device(), compiled=device() == "cuda")
     kinds = ("shape", pipe.shape, dataset.shape), ("levels of a pixel", pipe.config.levels, dataset.levels)
     for what, found, expected in kinds:
         if found != expected:
-            raise ProjectError(f"{folder} is a model of other images: {what} {found}, and {settings.dataset} has "
-                f"{expected}. Restore it from git, or train it again with `make publish-weights`")
+            raise ProjectError(f"{folder} is a model of other images: {what} {found}, "
+                f"and {settings.dataset} has {expected}. Restore it from git, "
+                "or train it again with `make publish-weights`")
     return pipe
 
 # %% ../../nbs/harness/05_builders.ipynb #cell020
@@ -155,7 +157,7 @@ def publish_weights(
     settings: Settings, # all parameters
     name: str="", # of the folder in `data/weights`; empty: the data set's
 ):
-    "Copy the model that `train_diffusion` trained to `data/weights`. Raises `ProjectError` if that run is not done."
+    "Copy the model of `train_diffusion` to `data/weights`. Raises `ProjectError` if that run is not done."
     source = weights_folder(replace(settings, weights="trained"))
     with files.atomic_folder(paths.weights()/(name or settings.dataset)) as new:
         for f in source.rglob("*"): # without permissions, which not every disk supports
@@ -168,8 +170,9 @@ def vae_card(
 ) -> str: # Markdown
     "Write the model card of published VAEs: what they are, how good they are, and how to load one."
     s, rows = runs[0].settings, []
+    name, last = f"{s.dataset}-{s.scale}", s.epochs
     for run in runs:
-        t = read_results(run).query("epoch == @s.epochs").set_index("metric")
+        t = read_results(run).query("epoch == @last").set_index("metric")
         elbos = [f"{t.value[m]:.2f} ± {t.stderr[m]:.2f}" for m in ("elbo_train", "elbo_test")]
         rows.append(f"| `{run.settings.method}.safetensors` | {' | '.join(elbos)} |")
     table = "\n".join(rows)
@@ -178,9 +181,9 @@ license: apache-2.0
 ---
 # Variational autoencoders of {s.dataset}
 
-Trained by the notebook `train_vae` of vae_diffusion with the parameters `{s.dataset}-{s.scale}`, seed {s.seed}:
+Trained by the notebook `train_vae` of vae_diffusion with the parameters `{name}`, seed {s.seed}:
 `normal` on the training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in
-`data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {s.epochs}
+`data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {last}
 effective epochs, in nats per image:
 
 | weights | training ELBO | test ELBO |
@@ -216,10 +219,11 @@ def load_published_vae(
     settings: Settings, # all parameters
     dataset: data.Dataset, # from `build_dataset`
 ) -> models.VAE: # on the device
-    "Load the published VAE of a method. Raises `ProjectError` if it is missing, damaged, or of other parameters."
+    "Load a method's published VAE. Raises `ProjectError` if it is missing, damaged, or of other parameters."
     file, vae = published_vaes(settings)/f"{settings.method}.safetensors", build_vae(settings, dataset)
     weights, config = files.load_tensors(file, device())
     if config != Run("train_vae", settings).config: raise ProjectError(
-        f"{file} was trained with other parameters: restore it from git, or make it again with `make publish-vaes`")
+        f"{file} was trained with other parameters: restore it from git, "
+        "or make it again with `make publish-vaes`")
     vae.load_state_dict(weights)
     return vae.eval()

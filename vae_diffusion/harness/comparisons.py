@@ -18,7 +18,7 @@ from ..metrics.contrasts import Contrast, contrast, holm, image_variance, is_equ
 from ..sources import METHODS
 
 # %% ../../nbs/harness/09_comparisons.ipynb #comp005
-PARTS = {"generalization_gap": {"elbo_train": 1, "elbo_test": -1}} # metric -> sign of each metric that it is made of
+PARTS = {"generalization_gap": {"elbo_train": 1, "elbo_test": -1}} # metric -> sign of each of its parts
 
 def image_parts(
     table: pd.DataFrame, # tidy results
@@ -28,7 +28,8 @@ def image_parts(
     "Estimate what the choice of images adds to a difference."
     parts, signs = [], PARTS.get(rows[0].metric.iloc[0])
     for metric, sign in (signs or {None: 1}).items():
-        named = [r if metric is None else last_epoch(table, metric).query("config in @r.config") for r in rows]
+        named = [r if metric is None else last_epoch(table, metric).query("config in @r.config")
+                 for r in rows]
         found = [[sign*v.numpy() for v in image_values(r)] for r in named]
         if not all(found): return []
         parts.append(image_variance([*map(np.stack, found)], weights))
@@ -97,7 +98,8 @@ def summary_markdown(
         lines.append(f"| {LABELS[method]} | " + " | ".join(texts.get(m, "-") for m in metrics) + " |")
         if paper is None or paper.empty: continue
         p = paper[(paper.method == method) & (paper.epoch == last)].set_index("metric").value
-        lines.append(f"| paper, epoch {last} | " + " | ".join(f"*{p[m]:g}*" if m in p else "" for m in metrics) + " |")
+        numbers = " | ".join(f"*{p[m]:g}*" if m in p else "" for m in metrics)
+        lines.append(f"| paper, epoch {last} | {numbers} |")
     return "\n".join(lines)
 
 # %% ../../nbs/harness/09_comparisons.ipynb #acff7801
@@ -117,8 +119,8 @@ def compare(
     other = last_epoch(table, against_metric or metric, against_k or k)
     rows = [t[t.method == method], other[other.method == against]]
     if min(map(len, rows)) < 2:
-        raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, there are "
-            f"{len(rows[0])} and {len(rows[1])}")
+        raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, "
+            f"there are {len(rows[0])} and {len(rows[1])}")
     rest = [r for m, r in t.groupby("method") if m not in (method, against)]
     weights = np.array([1., -1.])
     return contrast(run_means(rows + rest), [*weights, *[0.]*len(rest)], image_parts(table, rows, weights))
@@ -156,11 +158,12 @@ def judge_claims(
     table: pd.DataFrame, # tidy results
     k: int, # the main bank size
 ) -> pd.DataFrame: # claim, difference, low, high, p (corrected), verdict
-    "Judge every claim that was measured: the difference, its 95 % interval, its corrected p-value and the verdict."
+    "Judge every claim that was measured: difference, 95 % interval, corrected p-value and verdict."
     found = {}
     for text, metric, other, other_metric, sign in CLAIMS:
-        try: found[text] = compare(table, metric, "dmaapx", other, k, other_metric), sign, METRICS[metric].margin
+        try: difference = compare(table, metric, "dmaapx", other, k, other_metric)
         except ProjectError: continue # not measured, or with a single seed
+        found[text] = difference, sign, METRICS[metric].margin
     corrected = holm([p_value(c) for c, _, _ in found.values()])
     rows = [[text, *c[:3], p, verdict(c, sign, p, margin)]
             for (text, (c, sign, margin)), p in zip(found.items(), corrected)]

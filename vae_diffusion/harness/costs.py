@@ -12,7 +12,8 @@ __all__ = ['VAE_PARAMETERS', 'UNET_PARAMETERS', 'FINAL_SAMPLES', 'UNITS', 'secon
 import time
 from dataclasses import replace
 import torch
-from .. import data, diffusion, diffusion_training, levels, metrics, sources, training, training_step
+from .. import (
+    data, diffusion, diffusion_training, levels, metrics, sources, training, training_step)
 from ..core import paths, rng
 from . import builders, runs, tables
 from ..metrics import amortization, bounds, sample_quality
@@ -142,7 +143,8 @@ def posterior_seconds(
 @unit("search", *VAE_PARAMETERS, "star_samples")
 def search_seconds(settings):
     "Measure a step of the search for q*, for one image."
-    def search(vae, x, q): amortization.fit_posteriors(vae, x, q, 3, settings.star_samples, .1, torch.Generator())
+    def search(vae, x, q):
+        amortization.fit_posteriors(vae, x, q, 3, settings.star_samples, .1, torch.Generator())
     return posterior_seconds(settings, search)/3
 
 # %% ../../nbs/harness/14_costs.ipynb #5411ef14
@@ -204,7 +206,8 @@ def bound_seconds(settings):
     net = builders.build_diffusion(settings, images)[0].eval()
     denoiser = diffusion.Denoiser(net, settings.dm_sigma_data, torch.bfloat16 if settings.dm_bf16 else None)
     noise = settings.dm_sigma_min, settings.dm_sigma_max
-    return seconds_per_unit(lambda n: diffusion.nll_bound(denoiser, images.train[:n], images.levels, *noise), 250)
+    def bound(n): diffusion.nll_bound(denoiser, images.train[:n], images.levels, *noise)
+    return seconds_per_unit(bound, 250)
 
 # %% ../../nbs/harness/14_costs.ipynb #2dda06e5
 @unit("classifier")
@@ -219,9 +222,10 @@ def classifier_seconds(settings):
 # %% ../../nbs/harness/14_costs.ipynb #9d41e1e0
 def compile_speedup(
     net: str, # of the VAE
-) -> tuple: # compiled steps in the time of one plain step, name of the benchmark's file; 1 and "" if there is none
+) -> tuple: # compiled steps in the time of a plain one, name of the benchmark's file; 1 and "" without one
     "Read how much faster a compiled training step is."
-    benchmark, mine = "training" if net == "fully_connected" else "training, residual", f"bench-{runs.machine_name()}"
+    benchmark = "training" if net == "fully_connected" else "training, residual"
+    mine = f"bench-{runs.machine_name()}"
     for file in sorted(paths.results().glob("bench-*.csv"), key=lambda f: f.stem != mine):
         t = tables.read_table(file)
         rate = t[t.benchmark == benchmark].groupby("case").value.median()
@@ -243,7 +247,8 @@ class CostModel:
 
     def step(self, settings): # all parameters
         "Return the seconds of a VAE's training step, compiled if the settings say so."
-        method = "normal" if METHODS[settings.method].draws_on_bank else settings.method # a bank is read as fast
+        banked = METHODS[settings.method].draws_on_bank # a bank is read as fast
+        method = "normal" if banked else settings.method
         seconds = self("step", replace(settings, method=method))
         if not settings.compile: return seconds
         if settings.net not in self.compiled: self.compiled[settings.net] = compile_speedup(settings.net)

@@ -32,7 +32,7 @@ def execute(
 ):
     """Run an experiment notebook with papermill, in the run's folder and in a process of its own.
 
-    Raises `stopping.Stopped` if its time ran out, and `PapermillExecutionError` for any other error in the notebook."""
+    Raises `stopping.Stopped` if its time ran out, and `PapermillExecutionError` for any other error in it."""
     import papermill # imported here, for it is slow
     stopping.check_deadline()
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,8 @@ import torch
 from .comparisons import compare, seed_interval, summarize
 from .results import LABELS, at_k, last_epoch, reported_by_paper
 from .style import (
-    COLORS, DASHES, LABEL_COLORS, STYLE, add_key, add_means, draw_plot, methods_shown, name_scale, set_log_ticks)
+    COLORS, DASHES, LABEL_COLORS, STYLE, add_key, add_means, draw_plot,
+    methods_shown, name_scale, set_log_ticks)
 from ..metrics import METRICS
 from ..sources import METHODS
 
@@ -34,16 +35,18 @@ def learning_curves(
     title: str="", # over the whole figure
     paper=None, # from `results.reported_by_paper`, drawn as open diamonds
 ): # -> `Figure`
-    "Draw the ELBO on training and test images over effective epochs, one panel per method (higher is better)."
-    methods, key = methods_shown(table, k), {"test images": {}, "training images": {"ls": "--", "color": "0.45"}}
+    "Draw the ELBO on training and test images over effective epochs, a panel per method (higher is better)."
+    methods = methods_shown(table, k)
+    key = {"test images": {}, "training images": {"ls": "--", "color": "0.45"}}
     t = at_k(table, k).reset_index(drop=True)
     if paper is not None:
         paper = paper[paper.epoch <= t.epoch.max()].rename(columns={"value": "paper"})
         t = pd.concat([t, paper], ignore_index=True)
     t = t[t.metric.isin(["elbo_train", "elbo_test"]) & t.method.isin(methods)]
-    t = t.assign(curve=t.method.map(LABELS).where(t.metric == "elbo_test", "train")) # grey, whatever the method
+    t = t.assign(curve=t.method.map(LABELS).where(t.metric == "elbo_test", "train")) # grey for all
     plot = so.Plot(t, x="epoch", y="value", color="curve", linestyle="curve").facet("method", order=methods)
-    plot = plot.add(so.Line(linewidth=.5, alpha=.6), group="seed", legend=False).add(so.Line(), so.Agg(), legend=False)
+    plot = plot.add(so.Line(linewidth=.5, alpha=.6), group="seed", legend=False)
+    plot = plot.add(so.Line(), so.Agg(), legend=False)
     best = "best epoch"
     if t.seed.nunique() > 1: best, key["single seeds"] = "best epoch of the mean", {"lw": .5}
     if "paper" in t and t.paper.notna().any():
@@ -75,20 +78,24 @@ def draw_scores(
     height: float, # inches
     title: str="", # over the whole figure
 ): # -> `Figure`
-    "Draw means with 95 % intervals: a panel per row and metric, a line per method, and the paper's number beside it."
-    rows, labels = [*dict.fromkeys(found.row)], [label for m, label in LABELS.items() if m in set(found.method)]
-    found = found.reset_index(drop=True).reindex(columns=SCORES).assign(label=found.method.map(LABELS).to_list())
+    "Draw means with 95 % intervals: a panel per row and metric, a line per method with the paper's number."
+    rows = [*dict.fromkeys(found.row)]
+    labels = [label for m, label in LABELS.items() if m in set(found.method)]
+    found = found.reset_index(drop=True).reindex(columns=SCORES)
+    found = found.assign(label=found.method.map(LABELS))
     plot = add_means(so.Plot(found, y="label", color="label")).share(x=False).label(x="", y="")
     plot = plot.facet("metric", "row", {"col": [*PANELS], "row": rows})
     fig = draw_plot(plot.scale(y=so.Nominal(order=labels), color=LABEL_COLORS), height, title)
     beside = {"xytext": (38, 0), "textcoords": "offset points", "ha": "right", "color": "0.3"}
     fig.get_layout_engine().set(wspace=.1)
     for ax, (row, metric) in zip(fig.axes, product(rows, PANELS)):
-        about, t = PANELS[metric], found[(found.row == row) & (found.metric == metric) & found.paper.fillna("").ne("")]
+        about = PANELS[metric]
+        t = found[(found.row == row) & (found.metric == metric) & found.paper.fillna("").ne("")]
         ax.set_title(f"{about.label} / {about.unit}\n{BETTER[about.better]}" if row == rows[0] else "")
         if metric == [*PANELS][0]: ax.set_ylabel(textwrap.fill(row, 15))
         for label, text in zip(t.label, t.paper):
-            ax.annotate(text, (1, labels.index(label)), xycoords=("axes fraction", "data"), va="center", **beside)
+            ax.annotate(text, (1, labels.index(label)), xycoords=("axes fraction", "data"),
+                        va="center", **beside)
         if len(t): ax.annotate("paper", (1, 1), xycoords="axes fraction", va="bottom", **beside)
         ax.grid(axis="x")
         ax.set_axisbelow(True)
@@ -106,7 +113,8 @@ def paper_text(
 ) -> str:
     "Write the paper's number as it stands beside ours."
     if value != value: return ""
-    return f"{value:{sign},.{0 if abs(value) >= 100 else min(METRICS[metric].decimals, 2)}f}".replace("-", "−")
+    decimals = 0 if abs(value) >= 100 else min(METRICS[metric].decimals, 2)
+    return f"{value:{sign},.{decimals}f}".replace("-", "−")
 
 # %% ../../nbs/harness/10_figures.ipynb #cell018
 def gap_panels(
@@ -116,17 +124,20 @@ def gap_panels(
     paper=None, # from `results.reported_by_paper`, whose last numbers stand beside ours
 ): # -> `Figure`
     "Draw test ELBO and gaps after the last epoch: mean, 95 % interval, and every seed."
-    last = {} if paper is None else paper[paper.epoch == paper.epoch.max()].set_index(["method", "metric"]).value
+    last = {}
+    if paper is not None:
+        last = paper[paper.epoch == paper.epoch.max()].set_index(["method", "metric"]).value
     means, seeds = summarize(table, k), pd.concat([last_epoch(table, metric, k) for metric in PANELS])
     texts = [paper_text(last.get(at, np.nan), at[1]) for at in zip(means.method, means.metric)]
-    found = pd.concat([means.assign(paper=texts), seeds.rename(columns={"value": "seed_value"})]).assign(row="")
+    seeds = seeds.rename(columns={"value": "seed_value"})
+    found = pd.concat([means.assign(paper=texts), seeds]).assign(row="")
     return draw_scores(found[found.metric.isin(PANELS)], .27*means.method.nunique() + 1, title)
 
 # %% ../../nbs/harness/10_figures.ipynb #b1eb392f
 def normal_levels(
     table, # tidy results
 ) -> pd.DataFrame: # label, mean, low, high
-    "Average the test ELBO of normal training over seeds, at the last epoch and at the best epoch of each seed."
+    "Average the test ELBO of normal training over seeds, at the last epoch and at each seed's best epoch."
     rows, before = [], None
     for metric, epoch in {"elbo_test": "last epoch", "elbo_test_best": "each seed's best epoch"}.items():
         values = last_epoch(table[table.method == "normal"], metric).value.tolist()
@@ -140,7 +151,7 @@ def normal_levels(
 def elbo_against_k(
     table, # tidy results with several k
     title: str="", # over the figure
-    banks: dict={"dmaapx": "DMaaPx"}, # method in the table -> its label, one per diffusion model, at most three
+    banks: dict={"dmaapx": "DMaaPx"}, # method in the table -> label, one per diffusion model, at most three
 ): # -> `Figure`
     "Draw the test ELBO after the last epoch against the size of the bank (higher is better)."
     t = last_epoch(table[table.method.isin(banks)], "elbo_test").rename(columns={"value": "seed_value"})
@@ -157,7 +168,8 @@ def elbo_against_k(
     plot = plot.add(so.Band(alpha=.12), ymin="level_low", ymax="level_high", legend=False)
     plot = plot.add(so.Line(linewidth=1), y="level", legend=False).add(so.Line(), y="mean", legend=False)
     plot = add_means(plot, "y").scale(x="log", color=color, linestyle=style)
-    plot = plot.label(x="k = diffusion samples / training images", y="test ELBO / nats per image\n(higher is better)")
+    plot = plot.label(x="k = diffusion samples / training images",
+                      y="test ELBO / nats per image\n(higher is better)")
     fig = draw_plot(plot, 2.6, title)
     set_log_ticks(fig.axes[0].xaxis, sorted(t.k.unique()))
     add_key(fig, {label: {"color": color, "ls": style} for label, (color, style) in looks.items()})
@@ -203,9 +215,11 @@ def figures_from_results(
     beside = f";\nbeside it the paper's number after epoch {paper.epoch.max()}" if len(paper) else ""
     after = f"mean, 95 % interval, and every seed, after epoch {settings.epochs}"
     gaps = gap_panels(table, k, f"{where}: {after}{beside}", paper)
-    curves = learning_curves(table, k, f"{where}: ELBO of training and test images as training goes on", paper)
+    curves = learning_curves(
+        table, k, f"{where}: ELBO of training and test images as training goes on", paper)
     figs = {"gaps": gaps, "curves": curves}
-    if table.k.nunique() > 1: figs["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
+    if table.k.nunique() > 1:
+        figs["against_k"] = elbo_against_k(table, f"{where}: test ELBO by the size of the bank")
     return figs
 
 # %% ../../nbs/harness/10_figures.ipynb #cell029
@@ -219,7 +233,8 @@ def search_curve(
     t = pd.DataFrame(np.asarray(trace), columns=[*starts]).assign(step=np.arange(len(trace)) + 1).melt("step")
     plot = so.Plot(t, x="step", y="value", linestyle="variable").add(so.Line(color="0.2"), legend=False)
     plot = plot.scale(linestyle={start: look["ls"] for start, look in starts.items()})
-    fig = draw_plot(plot.label(x="step of Adam", y="ELBO / nats per image\n(higher is better)"), 2.4, title, 5)
+    plot = plot.label(x="step of Adam", y="ELBO / nats per image\n(higher is better)")
+    fig = draw_plot(plot, 2.4, title, 5)
     top, span = float(trace.max()), float(trace.max() - trace[:, 0].min())
     fig.axes[0].set_ylim(top - max(3*span, 1), top + max(.3*span, .2))
     add_key(fig, starts)

@@ -36,16 +36,16 @@ def published_folder(settings: Settings) -> Path: # in `data/weights`
 
 # %% ../../nbs/harness/01_identity.ipynb #8af0910a
 def published_weights_digest(settings: Settings) -> str: # of weights, network and noise levels
-    "Hash the files of the published diffusion model. Raises `ProjectError` if there is none, or it cannot be read."
+    "Hash the files of the published diffusion model. Raises `ProjectError` if they cannot be read."
     folder = published_folder(settings)
     files = sorted(f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors"))
     if not files:
-        raise ProjectError(f"there is no published diffusion model of {settings.dataset} in {folder}: set weights to "
-            "'trained', or make it with `make publish-weights`")
+        raise ProjectError(f"there is no published diffusion model of {settings.dataset} in {folder}: "
+            "set weights to 'trained', or make it with `make publish-weights`")
     try: return digest(b"".join(f.read_bytes() for f in files))
     except OSError as e:
-        raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): make it readable, or restore it from "
-            "git") from e
+        raise ProjectError(f"{e.filename} cannot be read ({e.strerror or e}): "
+            "make it readable, or restore it from git") from e
 
 # %% ../../nbs/harness/01_identity.ipynb #cf5ab9e4
 def reference_settings(settings: Settings) -> Settings:
@@ -62,22 +62,24 @@ def stage_config(
     stage: str, # an experiment notebook, or "bank"
     settings: Settings, # all parameters
 ) -> dict: # parameter or earlier stage -> value or configuration
-    """Collect the parameters that decide what a stage computes, and the configurations of the stages before it.
+    """Collect the parameters that decide what a stage computes, and the configurations of earlier stages.
 
     Raises as `published_weights_digest`."""
     own = {f.name: getattr(settings, f.name) for f in fields(Settings) if decides(f, stage, settings)}
     if stage == "bank":
-        trained = settings.weights == "trained"
-        own["weights"] = stage_config("train_diffusion", settings) if trained else published_weights_digest(settings)
+        if settings.weights == "trained": own["weights"] = stage_config("train_diffusion", settings)
+        else: own["weights"] = published_weights_digest(settings)
     if stage == "sample_bank": own |= {"k": largest_k(settings), "bank": stage_config("bank", settings)}
     if stage == "train_vae":
-        own["gaps_at"] = [e for e in settings.gaps_at if e < settings.epochs] # the weights of these epochs are stored
+        own["gaps_at"] = [e for e in settings.gaps_at if e < settings.epochs] # whose weights are stored
         if not own["gaps_at"]: del own["gaps_at"]
         if config := METHODS[settings.method].config: own["source"] = config(settings.dataset)
-        if METHODS[settings.method].draws_on_bank: own |= {"k": settings.k, "bank": stage_config("bank", settings)}
+        if METHODS[settings.method].draws_on_bank:
+            own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":
         every = replace(settings, dm_seen=0) # it judges all weights that are kept
-        own |= {"bank": stage_config("bank", every), "vae": stage_config("train_vae", reference_settings(settings))}
+        own["bank"] = stage_config("bank", every)
+        own["vae"] = stage_config("train_vae", reference_settings(settings))
     if stage == "measure_gaps":
         own["vae"] = stage_config("train_vae", settings)
         added = sorted(name for name, metric in METRICS.items() if metric.measure)

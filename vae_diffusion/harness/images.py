@@ -21,13 +21,15 @@ def image_grid(
     title: str="", # over the figure
     notes: dict={}, # label -> n texts, below the first panel's images in that row
 ): # -> `Figure`
-    "Draw labelled rows of images, grey or colour, in panels beside each other. Raises as `levels.check_unit`."
+    "Draw labelled rows of images, grey or colour, in panels side by side. Raises as `levels.check_unit`."
     labels, n = [*[*panels.values()][0]], [len([*rows.values()][0]) for rows in panels.values()]
     wrapped = [textwrap.fill(label.strip(), 16) for label in labels]
-    beside = .068*max(len(line) for text in wrapped for line in text.split("\n")) + .1*len(panels) + .1 # inches
+    longest = max(len(line) for text in wrapped for line in text.split("\n"))
+    beside = .068*longest + .1*len(panels) + .1 # inches
     size = min((WIDTH - beside)/sum(n), .56)
     title = textwrap.fill(title, int(14*(size*sum(n) + beside)))
-    lines = title.count("\n") + max(head.count("\n") + bool(head) for head in panels) + bool(title) + len(notes)
+    heads = max(head.count("\n") + bool(head) for head in panels)
+    lines = title.count("\n") + heads + bool(title) + len(notes)
     fig, axes = make_subplots(len(labels), len(panels), squeeze=False, width_ratios=n,
                               figsize=(size*sum(n) + beside, (size + .05)*len(labels) + .16*lines + .1))
     fig.get_layout_engine().set(w_pad=.02, h_pad=.02, hspace=0, wspace=.02)
@@ -44,8 +46,8 @@ def image_grid(
     for ax, label, text in zip(axes[:, 0], labels, wrapped):
         ax.set_ylabel(text, rotation=0, ha="right", va="center")
         for i, text in enumerate(notes.get(label, ())):
-            ax.annotate(text, ((i + .5)/n[0], 0), xycoords="axes fraction", xytext=(0, -1), textcoords="offset points",
-                        ha="center", va="top")
+            ax.annotate(text, ((i + .5)/n[0], 0), xycoords="axes fraction",
+                        xytext=(0, -1), textcoords="offset points", ha="center", va="top")
     fig.suptitle(title)
     return fig
 
@@ -83,7 +85,8 @@ def attacks_figure(
     "Draw three images, their attacked copies and the reconstructions of both, one panel per method."
     panels, x = {}, x[:3]
     for label, (attacked, back, back_attacked) in found.items():
-        alike, after = (float(ms_ssim(a, b[:3]).mean()) for a, b in ((x, attacked), (back[:3], back_attacked)))
+        pairs = (x, attacked), (back[:3], back_attacked)
+        alike, after = (float(ms_ssim(a, b[:3]).mean()) for a, b in pairs)
         panels[f"{label}\nMS-SSIM {alike:.2f} → {after:.2f}"] = {
             "test image": x, "its reconstruction": back[:3],
             "attacked image": attacked[:3], "its reconstruction ": back_attacked[:3]}

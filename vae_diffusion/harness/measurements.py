@@ -16,7 +16,8 @@ from .builders import fixed_subset
 from .settings import Settings
 from .tables import result_row
 from ..levels import pad, to_unit
-from ..metrics.sample_quality import extract_features, frechet_distance, nearest_neighbours, two_sample_test
+from ..metrics.sample_quality import (
+    extract_features, frechet_distance, nearest_neighbours, two_sample_test)
 
 
 # %% ../../nbs/harness/06_measurements.ipynb #d8b13c1a
@@ -37,7 +38,8 @@ def image_elbos(
     "Measure the ELBO of each image of each part. Raises as `metrics.elbo`."
     parts = {"train": dataset.train, "test": dataset.test}
     if len(dataset.valid): parts["valid"] = dataset.valid
-    return {part: metrics.elbo(vae, images, dataset.levels, samples=samples) for part, images in parts.items()}
+    return {part: metrics.elbo(vae, images, dataset.levels, samples=samples)
+            for part, images in parts.items()}
 
 def measure_elbos(*args) -> dict: # from `mean_and_stderr`, in nats per image
     "Measure the mean ELBO of the images of each part. Takes and raises as `image_elbos`."
@@ -61,7 +63,8 @@ def curve_rows(
         for metric, (value, stderr) in numbers.items():
             part = {"elbo_train": "train", "elbo_valid": "valid"}.get(metric, "test")
             n = len(getattr(dataset, part))
-            row = {"metric": metric, "value": value, "stderr": stderr, "n": n, "epoch": p["epoch"], "unit": "nats"}
+            row = {"metric": metric, "value": value, "stderr": stderr, "n": n,
+                   "epoch": p["epoch"], "unit": "nats"}
             if metric != "generalization_gap" and p["epoch"] in kept: row["values"] = kept[p["epoch"]][part]
             rows.append(row)
     return rows
@@ -74,10 +77,10 @@ def measure_bounds(
 ) -> dict: # from `mean_and_stderr`, in nats per image
     "Measure the bound on log p of training and of test images, with the same noise for every model."
     denoiser = diffusion.Denoiser(net, settings.dm_sigma_data, torch.bfloat16 if settings.dm_bf16 else None)
-    bounds = {}
+    noise, bounds = (settings.dm_sigma_min, settings.dm_sigma_max), {}
     for part, images in {"train": dataset.train, "test": dataset.test}.items():
         chosen = fixed_subset(images, settings.dm_judged)
-        nll = diffusion.nll_bound(denoiser, chosen, dataset.levels, settings.dm_sigma_min, settings.dm_sigma_max)
+        nll = diffusion.nll_bound(denoiser, chosen, dataset.levels, *noise)
         bounds[part] = -nll
     return mean_and_stderr("bound", bounds)
 
@@ -116,12 +119,14 @@ def measure_samples(
     dataset: Dataset, # unpadded
     vae, # a `models.VAE`, trained on the real training images
     side: int, # to which the VAE's images are padded
-    net: nn.Module, # from `sample_quality.train_classifier`, trained on the real training images and their labels
+    net: nn.Module, # from `sample_quality.train_classifier`, trained on real training images and labels
     name: str, # of the images, such as sample or test
     epochs: int=5, # of the two-sample test
     progress: bool=False, # show progress bars
 ) -> list: # of rows
-    "Compare images with the training images in four ways; distances are of the first 2,000. Raises as `check_levels`."
+    """Compare images with the training images in four ways; distances are of the first 2,000.
+
+    Raises as `check_levels`."""
     device, n = next(vae.parameters()).device, len(images)
     def unit(x): return to_unit(x, dataset.levels)
     real = dataset.train[torch.randperm(len(dataset.train), generator=rng.generator("real"))[:n]]

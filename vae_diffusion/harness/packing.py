@@ -55,7 +55,8 @@ def files_to_pack(
         own = {k: v for k, v in config.items() if k != "stage"}
         weights, last = config["stage"] == "train_vae" and own not in measured, run.name in shown
         files = [f for f in sorted(run.rglob("*")) if f.is_file()]
-        found[run] = [f for f in files if is_packed(f.relative_to(run).as_posix(), run in done, weights, last)]
+        found[run] = [f for f in files
+                      if is_packed(f.relative_to(run).as_posix(), run in done, weights, last)]
     return found
 
 # %% ../../nbs/harness/16_packing.ipynb #pack07
@@ -66,7 +67,8 @@ def run_progress(
     folder = Path(folder)
     if not (folder/"config.json").exists(): return -1, 0, 0
     if (folder/"metrics.csv").exists(): return 1, 0, 0
-    files = [f for f in folder.rglob("*") if f.suffix in (".json", ".safetensors") and f.name != "config.json"]
+    kinds = ".json", ".safetensors"
+    files = [f for f in folder.rglob("*") if f.suffix in kinds and f.name != "config.json"]
     loops = [f for f in files if f.parent == folder and f.match("checkpoint*.safetensors")]
     notes = [load_tensors(f)[1] for f in loops]
     steps = [n if isinstance(n, int) else n.get("step", n.get("steps", 0)) for n in notes]
@@ -128,7 +130,7 @@ def pack_runs(
     dataset: str, # whose runs
     scale: str="cpu", # at which scale
     size: float=16, # of a piece at most, MiB
-    to="", # the folder to write; empty: `<dataset>-<scale>.pack` among the runs. An older pack there is replaced
+    to="", # the folder to write; empty: `<dataset>-<scale>.pack` among the runs; an older pack is replaced
 ):
     """Pack what another machine needs to resume the runs. Waits for runs in progress.
 
@@ -136,7 +138,8 @@ def pack_runs(
     s, name, limit = load_params(dataset, scale), f"{dataset}-{scale}", piece_bytes(size)
     folder, to = paths.runs()/name, Path(to or paths.runs()/f"{name}.pack")
     older = to.is_dir() and pieces_of(to) and {*to.iterdir()} <= {*pieces_of(to), to/"SHA256SUMS"}
-    if to.exists() and not older: raise ProjectError(f"{to} exists and is no pack: name another folder with TO=")
+    if to.exists() and not older:
+        raise ProjectError(f"{to} exists and is no pack: name another folder with TO=")
     with ExitStack() as held:
         for run in files_to_pack(folder, s):
             if not (run/"metrics.csv").exists(): held.enter_context(locks.folder_lock(run))
@@ -160,7 +163,8 @@ def verified_pieces(
     for known, name in lines:
         file = Path(folder)/name
         if not file.exists(): raise ProjectError(f"{file} is missing: copy it from where it was packed")
-        if file_digest(file) != known: raise ProjectError(f"{file} is damaged: copy it again from where it was packed")
+        if file_digest(file) != known:
+            raise ProjectError(f"{file} is damaged: copy it again from where it was packed")
     return sorted(Path(folder)/name for _, name in lines)
 
 # %% ../../nbs/harness/16_packing.ipynb #70172c6f
@@ -208,6 +212,8 @@ def unpack_runs(
         try:
             with errors.disk_errors(tmp.name), tarfile.open(fileobj=PieceReader(pieces), mode="r|") as tar:
                 tar.extractall(tmp.name, filter="data")
-        except tarfile.TarError as e: raise ProjectError(f"{source} was not written by `make pack` ({e})") from e
+        except tarfile.TarError as e:
+            raise ProjectError(f"{source} was not written by `make pack` ({e})") from e
         taken = [take_run(run, Path(tmp.name)) for run in verified_runs(tmp.name, source)]
-    print(f"{sum(taken)} runs were restored; {len(taken) - sum(taken)} were here as far or further, and were kept")
+    kept = len(taken) - sum(taken)
+    print(f"{sum(taken)} runs were restored; {kept} were here as far or further, and were kept")

@@ -27,12 +27,15 @@ ALSO = {
         "similarity of their reconstructions", unit="MS-SSIM", decimals=3, better="higher"),
     "robustness_floor": Metric("robustness gap, without an attack", unit="MS-SSIM", decimals=3),
     "robustness_gap_sample": Metric("robustness gap, sampled reconstructions", unit="MS-SSIM", decimals=3),
-    "robustness_floor_sample": Metric("robustness gap, sampled, without an attack", unit="MS-SSIM", decimals=3),
-    "ms_ssim_input_coarse4": Metric("similarity of attacked images, coarsest level four times", "MS-SSIM", 3, "higher"),
+    "robustness_floor_sample": Metric(
+        "robustness gap, sampled, without an attack", unit="MS-SSIM", decimals=3),
+    "ms_ssim_input_coarse4": Metric(
+        "similarity of attacked images, coarsest level four times", "MS-SSIM", 3, "higher"),
     "robustness_gap_coarse4": Metric("robustness gap, coarsest level four times", "MS-SSIM", 3),
     "ms_ssim_input_last": Metric(
         "similarity of attacked images, attack as in the code of Kuzina et al.", "MS-SSIM", 3, "higher"),
     "robustness_gap_last": Metric("robustness gap, attack as in the code of Kuzina et al.", "MS-SSIM", 3),
+    "diffusion_loss": Metric("loss of the diffusion model", unit="weighted squared error"),
     "bound_train": Metric("bound on log p, training images", better="higher"),
     "bound_test": Metric("bound on log p, test images", better="higher")}
 
@@ -126,13 +129,15 @@ def repetitions(
     "Say how large the banks of DMaaPx are, and how often training repeats a sample."
     said = [f"{s.epochs/s.k:g} times with k = {s.k}" + (f" ({label})" if label else "")
             for label, (_, s) in found.items()]
-    return f"The bank of DMaaPx is k times as large as the training set, and each sample is seen {', '.join(said)}."
+    return ("The bank of DMaaPx is k times as large as the training set, "
+            f"and each sample is seen {', '.join(said)}.")
 
 def claims(
     found: dict, # as in `result`
 ) -> str: # Markdown
     "Write the verdicts on the paper's claims, a column a comparison, and the banks behind them."
-    named = {label or "DMaaPx minus the other [95 % interval]": judge_claims(t, s.k) for label, (t, s) in found.items()}
+    head = "DMaaPx minus the other [95 % interval]"
+    named = {label or head: judge_claims(t, s.k) for label, (t, s) in found.items()}
     return claims_markdown(named) + "\n\n" + repetitions(found)
 
 # %% ../../nbs/harness/17_pages.ipynb #pages019
@@ -166,9 +171,9 @@ def more_samples(
     return "\n".join(lines)
 
 # %% ../../nbs/harness/17_pages.ipynb #pages025
-ROBUST = ("robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "robustness_floor", "robustness_gap_sample",
-          "robustness_floor_sample", "robustness_gap_coarse4", "ms_ssim_input_coarse4", "robustness_gap_last",
-          "ms_ssim_input_last")
+ROBUST = ("robustness_gap", "ms_ssim_input", "ms_ssim_reconstruction", "robustness_floor",
+          "robustness_gap_sample", "robustness_floor_sample", "robustness_gap_coarse4",
+          "ms_ssim_input_coarse4", "robustness_gap_last", "ms_ssim_input_last")
 
 def means(
     table: pd.DataFrame, # tidy results
@@ -207,20 +212,22 @@ def listed(
     title: str, # of the column of numbers
 ) -> str: # Markdown
     "Write a table of one column."
-    return "\n".join([f"| | {title} |", "|---|---:|", *(f"| {what} | {number} |" for what, number in rows.items())])
+    lines = [f"| {what} | {number} |" for what, number in rows.items()]
+    return "\n".join([f"| | {title} |", "|---|---:|", *lines])
 
 # %% ../../nbs/harness/17_pages.ipynb #pages034
 def outcomes(
     found: dict, # as in `result`
     metric: str, # in question
     against: str="normal", # as of `direction`
-) -> dict: # "more", "less", "open" -> such as "+4.6 on digits and +6.8 on BinaryMNIST", "" where there is none
+) -> dict: # "more", "less", "open" -> such as "+4.6 on digits and +6.8 on BinaryMNIST", or ""
     "Sort comparisons by what they show of a metric."
     lists = {"more": [], "less": [], "open": []}
     for label, (t, s) in found.items():
         c, sign = direction(t, metric, against, s.k)
         lists[["open", "more", "less"][sign]].append(f"{c.mean:+z.{about(metric).decimals}f} on {label}")
-    return {kind: ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:]) for kind, part in lists.items()}
+    def joined(part): return ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:])
+    return {kind: joined(part) for kind, part in lists.items()}
 
 # %% ../../nbs/harness/17_pages.ipynb #pages035
 def said(
@@ -242,8 +249,10 @@ def what_was_run(
     found: dict, # as in `result`
 ) -> str: # Markdown
     "Write how much was run for each comparison, and on which likelihood."
-    words = {"mol": "mixture of logistics", "gaussian": "Gaussian", "bernoulli": "Bernoulli", "binomial": "binomial"}
-    rows = {name: {"training images": f"{s.n_train:,}" if s.n_train else "all", "likelihood": words[s.likelihood],
+    words = {"mol": "mixture of logistics", "gaussian": "Gaussian",
+             "bernoulli": "Bernoulli", "binomial": "binomial"}
+    rows = {name: {"training images": f"{s.n_train:,}" if s.n_train else "all",
+                   "likelihood": words[s.likelihood],
                    "effective epochs": s.epochs, "seeds": len(s.seeds), "k": s.k,
                    "times each sample is seen": f"{s.epochs/s.k:g}", "runs": t.config.nunique()}
             for name, (t, s) in found.items()}

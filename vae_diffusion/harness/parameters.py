@@ -20,7 +20,7 @@ def param(
     choices=(), # the texts that are allowed; none: any
     low=1, # the smallest number
     high=10**6, # the largest
-    stage: str="", # whose result it decides: an experiment notebook, `bank`, `all`; none: whatever needs it says so
+    stage: str="", # whose result it decides: an experiment, `bank`, `all`; none: whatever needs it says so
     only: str="", # and that only if this network or likelihood is chosen
     unless=None, # and not if it has this value: what is older than the parameter keeps its identity
 ): # -> a field of a dataclass
@@ -35,7 +35,8 @@ def convert_value(
     kind: type, # that its parameter declares
 ): # -> a value of that type, or the value as it was given
     "Convert a value to its type if there is only one way to read it."
-    if kind is bool and isinstance(value, str): return {"true": True, "false": False}.get(value.lower(), value)
+    if kind is bool and isinstance(value, str):
+        return {"true": True, "false": False}.get(value.lower(), value)
     if kind not in (int, float) or not isinstance(value, (str, float)): return value
     try: number = float(value)
     except ValueError: return value
@@ -44,7 +45,8 @@ def convert_value(
     return int(number) if number.is_integer() else value
 
 # %% ../../nbs/harness/00_parameters.ipynb #prm00012
-SPELLINGS = {bool: "true or false", int: "a whole number such as 3", float: "a number such as 0.001", str: "a text"}
+SPELLINGS = {
+    bool: "true or false", int: "a whole number such as 3", float: "a number such as 0.001", str: "a text"}
 ACCEPTED = {bool: bool, int: int, float: (int, float), str: str}
 
 # %% ../../nbs/harness/00_parameters.ipynb #prm00013
@@ -53,7 +55,7 @@ def validate_entry(
     value, # of the parameter, or one entry of its list
     kind: type, # bool, int, float or str
 ): # -> the value as that type
-    "Convert a single value. Raises `ProjectError` for a wrong type, an unknown choice or a number out of range."
+    "Convert one value. Raises `ProjectError` for a wrong type, an unknown choice or a number out of range."
     name, about = declared.name, declared.metadata
     value = convert_value(value, kind)
     if not isinstance(value, ACCEPTED[kind]) or (kind is not bool and isinstance(value, bool)):
@@ -71,7 +73,9 @@ def validate_value(
     declared, # a field made by `param`
     value, # of the parameter
 ): # -> the value as the declared type, a list as a tuple
-    "Convert a value to its declared type. Raises `ProjectError` as `validate_entry`, and for an empty or missing list."
+    """Convert a value to its declared type.
+
+    Raises `ProjectError` as `validate_entry`, and for an empty or missing list."""
     if declared.type is not tuple: return validate_entry(declared, value, declared.type)
     if not isinstance(value, (list, tuple)) or not value and declared.default:
         example = ", ".join(map(str, declared.default or [1]))
@@ -86,24 +90,29 @@ class DataSettings:
     "Declare the data, the method, the seed and the size of the bank."
     dataset: str = param("digits", "the data set", choices=data.DATASETS, stage="all")
     scale: str = param("smoke", "the name of this set of numbers", choices=("smoke", "cpu", "paper"))
-    n_train: int = param(0, "training images, a fixed stratified part; 0: all", low=0, high=2**31, stage="all")
+    n_train: int = param(0, "training images, a fixed stratified part; 0: all",
+        low=0, high=2**31, stage="all")
     n_test: int = param(0, "test images, likewise; 0: all", low=0, high=2**31, stage="all")
     n_valid: int = param(0, "training images outside of these that choose the best epoch; 0: test images do",
         low=0, high=2**31, stage="train_vae", unless=0)
     method: str = param("normal", "where the training images come from", choices=METHODS, stage="train_vae")
-    strength: float = param(0., "of a method that has one, such as the share of real images", low=0,
-        stage="train_vae", unless=0.)
-    seed: int = param(0, "of initial weights, data order and training noise", low=0, high=2**31, stage="train_vae")
-    k: int = param(2, "bank images used, over |D_train|, by a method that draws on a bank", high=10_000, stage="report")
+    strength: float = param(0., "of a method that has one, such as the share of real images",
+        low=0, stage="train_vae", unless=0.)
+    seed: int = param(0, "of initial weights, data order and training noise",
+        low=0, high=2**31, stage="train_vae")
+    k: int = param(2, "bank images used, over |D_train|, by a method that draws on a bank",
+        high=10_000, stage="report")
 
 # %% ../../nbs/harness/00_parameters.ipynb #set00003
 @dataclass(frozen=True)
 class DiffusionSettings:
     "Declare the U-Net, its training and its noise levels."
-    dm_widths: tuple = param((16, 16), "U-Net: channels at each resolution", high=2**16, stage="train_diffusion")
+    dm_widths: tuple = param((16, 16), "U-Net: channels at each resolution",
+        high=2**16, stage="train_diffusion")
     dm_layers: int = param(1, "U-Net: residual blocks at each resolution", high=32, stage="train_diffusion")
     dm_dropout: float = param(0., "U-Net: dropout probability", low=0, high=0.9, stage="train_diffusion")
-    dm_images: int = param(2000, "training images seen by the diffusion model", high=10**10, stage="train_diffusion")
+    dm_images: int = param(2000, "training images seen by the diffusion model",
+        high=10**10, stage="train_diffusion")
     dm_batch: int = param(100, "its batch size", stage="train_diffusion")
     dm_lr: float = param(0.002, "its Adam step size", low=1e-08, high=1, stage="train_diffusion")
     dm_muon_lr: float = param(0., "step size of Muon, for its hidden weights; 0: Adam for all",
@@ -117,17 +126,21 @@ class DiffusionSettings:
         low=0.01, high=10, stage="train_diffusion")
     dm_sigma_data: float = param(0.5, "standard deviation of the images in [-1,1]", low=0.01, high=10,
         stage="train_diffusion")
-    dm_ema: int = param(50_000, "half-life of its weight average, in images", high=10**10, stage="train_diffusion")
+    dm_ema: int = param(50_000, "half-life of its weight average, in images",
+        high=10**10, stage="train_diffusion")
     dm_bf16: bool = param(False, "its network in bfloat16", stage="train_diffusion")
-    dm_sigma_max: float = param(80., "highest noise level of the samplers", high=1000, stage="train_diffusion")
+    dm_sigma_max: float = param(80., "highest noise level of the samplers",
+        high=1000, stage="train_diffusion")
     dm_sigma_min: float = param(0.002, "lowest noise level of the samplers before 0",
         low=1e-06, high=1, stage="train_diffusion")
     dm_schedule: str = param("karras", "their noise levels in between, EDM's or in equal ratios",
         choices=("karras", "exponential"), stage="train_diffusion")
-    dm_seed: int = param(0, "of its weights, data order and noise", low=0, high=2**31, stage="train_diffusion")
+    dm_seed: int = param(0, "of its weights, data order and noise",
+        low=0, high=2**31, stage="train_diffusion")
     dm_judged: int = param(50, "images of each kind on which its bound on log p is measured as it learns",
         stage="train_diffusion")
-    dm_snapshots: int = param(1, "kept of its weights: at the end, at half the images, at a quarter, and so on",
+    dm_snapshots: int = param(1,
+        "kept of its weights: at the end, at half the images, at a quarter, and so on",
         high=30, stage="train_diffusion")
 
 # %% ../../nbs/harness/00_parameters.ipynb #set00004
@@ -144,7 +157,8 @@ class BankSettings:
     steps: int = param(10, "of that solver", low=2, high=10_000, stage="bank")
     bank_bf16: bool = param(False, "its network in bfloat16", stage="bank")
     bank_seed: int = param(0, "image i of the bank depends on it and i", low=0, high=2**31, stage="bank")
-    bank_noise: str = param("counter", "what its noise is drawn from; `seeded` is that of the published banks",
+    bank_noise: str = param("counter",
+        "what its noise is drawn from; `seeded` is that of the published banks",
         choices=banks.GENERATORS, stage="bank", unless="seeded")
 
 # %% ../../nbs/harness/00_parameters.ipynb #set00005
@@ -154,7 +168,8 @@ class QualitySettings:
     quality_images: int = param(50, "samples, and real images, by which a diffusion model is judged",
         stage="measure_diffusion")
     quality_epochs: int = param(2, "two-sample test: passes over them", stage="measure_diffusion")
-    quality_vae_epochs: int = param(2, "effective epochs of the VAE, trained on real images, that judges samples",
+    quality_vae_epochs: int = param(2,
+        "effective epochs of the VAE, trained on real images, that judges samples",
         stage="measure_diffusion")
 
 # %% ../../nbs/harness/00_parameters.ipynb #set00007
@@ -165,7 +180,8 @@ class NetworkSettings:
         choices=("fully_connected", "residual"), stage="train_vae")
     hidden: tuple = param((64, 64), "fully connected: hidden widths of the encoder, mirrored in the decoder",
         high=2**16, stage="train_vae", only="fully_connected")
-    latent: int = param(8, "fully connected: latent dimensions", high=2**16, stage="train_vae", only="fully_connected")
+    latent: int = param(8, "fully connected: latent dimensions",
+        high=2**16, stage="train_vae", only="fully_connected")
     activation: str = param("relu", "fully connected: after each hidden layer",
         choices=models.ACTIVATIONS, stage="train_vae", only="fully_connected", unless="relu")
     normalisation: str = param("none", "fully connected: of each hidden layer, before the activation",
@@ -182,13 +198,16 @@ class TrainingSettings:
     likelihood: str = param("binomial", "of a pixel", choices=likelihoods.names, stage="train_vae")
     sigma: float = param(0.1, "Gaussian likelihood: standard deviation, in units of the range [-1,1]",
         low=0.001, high=10, stage="train_vae", only="gaussian")
-    components: int = param(10, "mixture of logistics: its components", high=1000, stage="train_vae", only="mol")
+    components: int = param(10, "mixture of logistics: its components",
+        high=1000, stage="train_vae", only="mol")
     epochs: int = param(2, "effective epochs of |D_train| images", high=100_000, stage="train_vae")
     batch: int = param(100, "images a step", stage="train_vae")
-    lr: float = param(0.001, "Adam's step size, at the start if it falls", low=1e-08, high=1, stage="train_vae")
+    lr: float = param(0.001, "Adam's step size, at the start if it falls",
+        low=1e-08, high=1, stage="train_vae")
     lr_decay: bool = param(False, "it falls linearly to 0 at the last epoch", stage="train_vae", unless=False)
     bf16: bool = param(False, "networks in bfloat16, likelihoods in float32 either way", stage="train_vae")
-    compile: bool = param(False, "one compiled function a training step, half a minute at the start", stage="train_vae")
+    compile: bool = param(False, "one compiled function a training step, half a minute at the start",
+        stage="train_vae")
     evaluate_at: tuple = param((1,), "effective epochs at which the ELBOs are measured; the last always is",
         high=100_000, stage="train_vae")
     gaps_at: tuple = param((), "effective epochs with an amortization gap; the last has all gaps",

@@ -86,7 +86,8 @@ def measure_gaps_seconds(
     machine, # as in `train_diffusion_seconds`
 ) -> dict: # name of a part -> seconds
     "Estimate the amortization gap at each of its epochs, the IWAE bound and the robustness gap."
-    star, iwae, attacked = (min(n, image_counts(s)[1]) for n in (s.star_images, s.iwae_images, s.attack_images))
+    wanted = s.star_images, s.iwae_images, s.attack_images
+    star, iwae, attacked = (min(n, image_counts(s)[1]) for n in wanted)
     each = star*(s.star_steps*machine("search", s) + FINAL_SAMPLES*machine("averaged", s))
     attack, compare = (s.attack_steps + 1)*machine("attack", s), machine("compare", s)
     return {f"amortization-{e}": each for e in evaluated_epochs(s, s.gaps_at)} | {
@@ -108,17 +109,19 @@ def measure_diffusion_seconds(
 
 # %% ../../nbs/harness/15_plan.ipynb #bdc4540e
 STAGE_SECONDS = {
-    "train_diffusion": train_diffusion_seconds, "sample_bank": sample_bank_seconds, "train_vae": train_vae_seconds,
-    "measure_gaps": measure_gaps_seconds, "measure_diffusion": measure_diffusion_seconds}
+    "train_diffusion": train_diffusion_seconds, "sample_bank": sample_bank_seconds,
+    "train_vae": train_vae_seconds, "measure_gaps": measure_gaps_seconds,
+    "measure_diffusion": measure_diffusion_seconds}
 
 # %% ../../nbs/harness/15_plan.ipynb #d0e65417
 def run_seconds(
     run: Run, # of an experiment
     machine, # a `costs.CostModel`
 ) -> dict: # name of a part -> seconds
-    "Estimate how long a run takes from the start. Raises `ProjectError` for an experiment without an estimate."
+    "Estimate how long a run takes from the start. Raises `ProjectError` for an unknown experiment."
     if run.stage in STAGE_SECONDS: return STAGE_SECONDS[run.stage](run.settings, machine)
-    raise ProjectError(f"there is no estimate of the time of {run.stage}; choose one of {', '.join(STAGE_SECONDS)}")
+    raise ProjectError(
+        f"there is no estimate of the time of {run.stage}; choose one of {', '.join(STAGE_SECONDS)}")
 
 # %% ../../nbs/harness/15_plan.ipynb #8c42aeef
 def remaining_share(
@@ -151,7 +154,7 @@ def make_plan(
     grid, # the runs that a command names
     machine=None, # a `costs.CostModel`; None: a new one
 ) -> pd.DataFrame: # one row per run: stage, method, seconds, left, done, config
-    "Estimate all runs and prerequisites, with one PyTorch thread, as in the workflow. Raises as `run_seconds`."
+    "Estimate all runs and prerequisites, with one thread, as in the workflow. Raises as `run_seconds`."
     machine, threads, rows = machine or CostModel(), torch.get_num_threads(), []
     torch.set_num_threads(1)
     try:
@@ -172,8 +175,9 @@ def plan_markdown(
     rows, total = [["job", "runs", "done", "minutes each", "minutes left", "share"]], table.left.sum()
     for (stage, method), t in table.groupby(["stage", "method"], sort=False):
         each, rest = t.seconds.mean()/60, t.left.sum()
-        rows.append([f"{stage} {method}".strip(), f"{len(t)}", f"{t.done.sum()}", f"{each:.1f}", f"{rest/60:.1f}",
-                     f"{100*rest/max(total, 1e-9):.0f} %"])
+        rows.append([
+            f"{stage} {method}".strip(), f"{len(t)}", f"{t.done.sum()}", f"{each:.1f}", f"{rest/60:.1f}",
+            f"{100*rest/max(total, 1e-9):.0f} %"])
     minutes = f"{total/60:.1f} minutes of computing, {total/60/cores:.1f} minutes with CORES={cores}."
     return f"{align_markdown(rows)}\n\n{minutes}"
 
@@ -184,8 +188,9 @@ def print_plan(
     study: str="", # name of a study; if given, it is planned instead of the grid
     cores=1, # runs at once
 ):
-    "Print what a command will do and how that was measured. Raises `ProjectError` for an unknown grid or study."
-    grid = [run for _, run in studies.load_study(study).runs()] if study else results.grid(load_params(dataset, scale))
+    "Print a command's plan and how it was measured. Raises `ProjectError` for an unknown grid or study."
+    if study: grid = [run for _, run in studies.load_study(study).runs()]
+    else: grid = results.grid(load_params(dataset, scale))
     start, machine = time.perf_counter(), CostModel()
     runs.retain_freed_memory() # as every run does
     table = make_plan(grid, machine)
@@ -193,5 +198,6 @@ def print_plan(
     if runs.device() == "cpu": where += ", one thread a run"
     for ratio, file in sorted({found for found in machine.compiled.values() if found[1]}):
         where += f"; compiled steps {ratio:.2f} times as fast by data/results/{file}"
-    print(f"{study or f'{dataset}-{scale}'}, measured in {time.perf_counter() - start:.0f} seconds on {where}:\n")
+    seconds = time.perf_counter() - start
+    print(f"{study or f'{dataset}-{scale}'}, measured in {seconds:.0f} seconds on {where}:\n")
     print(plan_markdown(table, int(cores)))

@@ -16,10 +16,9 @@ import seaborn.objects as so
 from .comparisons import mean_over_runs
 from .measurements import QUANTILES
 from .results import last_epoch
-from vae_diffusion.harness.style import (
-    COLORS, DASHES, MARKERS, REAL, STYLE, VARIANTS, WIDTH, add_key, add_means, draw_plot, make_subplots, name_scale,
-    set_log_ticks)
-
+from .style import (
+    COLORS, DASHES, MARKERS, REAL, STYLE, VARIANTS, WIDTH, add_key, add_means,
+    draw_plot, make_subplots, name_scale, set_log_ticks)
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #502be317
 @mpl.rc_context(STYLE)
@@ -27,9 +26,10 @@ def diffusion_curve(
     table, # tidy results of a run of `train_diffusion`
     title: str="", # over the figure
 ): # -> `Figure`
-    "Draw the bound on log p of training and test images over effective epochs, with standard errors over images."
+    "Draw the bound on log p of training and test images over effective epochs, with standard errors."
     parts = {"bound_test": ("test images", "-"), "bound_train": ("training images", "--")}
-    t = table[table.metric.isin(parts)].assign(low=lambda t: t.value - t.stderr, high=lambda t: t.value + t.stderr)
+    t = table[table.metric.isin(parts)]
+    t = t.assign(low=t.value - t.stderr, high=t.value + t.stderr)
     plot = so.Plot(t.reset_index(drop=True), x="epoch", linestyle="metric").label(
         x="effective epoch", y="bound on log p / nats per image\n(higher is better)")
     plot = plot.add(so.Line(color=REAL), y="value", legend=False)
@@ -81,8 +81,8 @@ def draw_score(
     color, marker, style = ({name: look[i] for name, look in looks.items()} for i in range(3))
     plot = so.Plot(t, x="epoch", color="variant", marker="variant", linestyle="variant")
     plot = plot.add(so.Line(pointsize=4), y="value", legend=False)
-    plot = plot.add(so.Range(linewidth=.8, linestyle="-"), ymin="low", ymax="high", legend=False).label(x="", y="")
-    plot.scale(color=color, marker=marker, linestyle=style).theme(STYLE).on(ax).plot()
+    plot = plot.add(so.Range(linewidth=.8, linestyle="-"), ymin="low", ymax="high", legend=False)
+    plot.label(x="", y="").scale(color=color, marker=marker, linestyle=style).theme(STYLE).on(ax).plot()
     for name, line in zip(references, ("-", "--")):
         r = of_real_images(table, f"{metric}_{name}")
         ax.axhline(r.value, color=REAL, ls=line)
@@ -94,7 +94,7 @@ def draw_distances(
     table, # tidy results
     looks: dict, # as in `draw_score`
 ):
-    "Draw the distribution of distances to the nearest training image, of test images and of the last samples."
+    "Draw the distribution of distances to the nearest training image, of test images and the last samples."
     share, names = [q/100 for q in QUANTILES], [f"q{q:02d}" for q in QUANTILES]
     ax.plot([of_real_images(table, f"nearest_train_test_{q}").value for q in names], share, color=REAL)
     for variant, (color, _, style) in looks.items():
@@ -105,7 +105,7 @@ def draw_distances(
 # %% ../../nbs/harness/12_quality_figures.ipynb #cell018
 @mpl.rc_context(STYLE)
 def quality_figure(
-    table, # tidy results of `train_diffusion` and `measure_diffusion`; `variant` (at most three) names the sampler
+    table, # tidy results of `train_diffusion` and `measure_diffusion`; `variant`: the sampler, at most three
     title: str="", # over the whole figure
 ): # -> `Figure`
     "Draw the bound on log p, two-sample test and reference ELBO during training, and distances at its end."
@@ -116,7 +116,8 @@ def quality_figure(
     draw_score(axes[1], table, "two_sample", ["test"], looks)
     draw_score(axes[2], table, "reference_elbo", ["test", "train"], looks)
     draw_distances(axes[3], table, looks)
-    titles = {"bound on log p / nats": "higher is better", "told from training images\n/ accuracy": "lower is better",
+    titles = {"bound on log p / nats": "higher is better",
+              "told from training images\n/ accuracy": "lower is better",
               "ELBO under a VAE of\nreal images / nats": "higher is better",
               "distance to the nearest\ntraining image": "best: as test images"}
     for ax, (what, better) in zip(axes, titles.items()): ax.set_title(f"{what}\n({better})")
@@ -183,7 +184,7 @@ def compare_optimizers(
     table, # as in `training_curve`, with a `variant` for each optimizer
     rival: str, # the variant to beat
 ): # -> DataFrame, one row per variant
-    "Compare optimizers by the bound on log p of training images: seconds to the end, and to the rival's last bound."
+    "Compare optimizers by the bound of training images: seconds to the end, and to the rival's last bound."
     curves = {name: training_curve(t, "bound_train") for name, t in table.groupby("variant", sort=False)}
     end, rows = curves[rival].iloc[-1], {}
     for name, t in curves.items():
@@ -207,7 +208,8 @@ def draw_race(
         t = t.assign(low=t.value - 2*t.stderr, high=t.value + 2*t.stderr)
         plot = so.Plot(t, x="seconds", color="variant", marker="variant", linestyle="variant")
         plot = plot.add(so.Line(pointsize=points), y="value", legend=False).label(x="", y="")
-        if points: plot = plot.add(so.Range(linewidth=.8, linestyle="-"), ymin="low", ymax="high", legend=False)
+        if points:
+            plot = plot.add(so.Range(linewidth=.8, linestyle="-"), ymin="low", ymax="high", legend=False)
         plot.scale(x="log", color=color, marker=marker, linestyle=style).theme(STYLE).on(ax).plot()
         end, low = t.seconds.max(), t[t.seconds > t.seconds.max()/12].value.min()
         ax.set(xlim=(end/12, 1.15*end), ylim=(low if ax is bound else real - .03, None))
@@ -221,9 +223,10 @@ def optimizers_figure(
     tables: dict, # data set -> results as in `compare_optimizers`; at most three variants
     title: str="", # over the whole figure
 ): # -> `Figure`
-    """Draw bounds on log p of training images (higher is better) and two-sample tests of samples (lower is better).
+    """Draw bounds on log p of training images and two-sample tests of samples.
 
-    Each data set has a column. The grey line is the two-sample test of real images; bars are two standard errors."""
+    Higher bounds and lower tests are better. Each data set has a column. The grey line is the two-sample test
+    of real images; bars are two standard errors."""
     fig, axes = make_subplots(2, len(tables), figsize=(WIDTH, 4.2), sharex="col", squeeze=False)
     found = pd.concat(tables.values()).variant.unique()
     looks = dict(zip(found, zip(VARIANTS, MARKERS, DASHES)))

@@ -50,11 +50,13 @@ def publish_results(
     settings: Settings, # of the whole grid
 ) -> pd.DataFrame: # what is published now
     "Store results as the published ones, beside those published earlier of the grid's other runs."
-    file, order = paths.results()/f"{settings.dataset}-{settings.scale}.csv", [run.digest for run in grid(settings)]
+    file = paths.results()/f"{settings.dataset}-{settings.scale}.csv"
+    order = [run.digest for run in grid(settings)]
     if file.exists():
         old = read_table(file)
         table = pd.concat([table, old[~old.config.isin(table.config)]])
-    table = table[table.config.isin(order)].sort_values("config", key=lambda c: c.map(order.index), kind="stable")
+    table = table[table.config.isin(order)]
+    table = table.sort_values("config", key=lambda c: c.map(order.index), kind="stable")
     publish_values(table, file)
     write_table(table, file)
     return table
@@ -108,7 +110,8 @@ def provenance(
     def time(seconds): return f"{seconds/3600:.1f} hours" if seconds >= 3600 else f"{seconds/60:.0f} minutes"
     seeds, present = sorted(table.seed.dropna().unique()), set(table.method)
     said = [("seed " if len(seeds) == 1 else "seeds ") + ", ".join(f"{i:g}" for i in seeds)]
-    said += [f"{LABELS[m]} with k = {settings.k}" for m in METHODS if METHODS[m].draws_on_bank and m in present]
+    said += [f"{LABELS[m]} with k = {settings.k}"
+             for m in METHODS if METHODS[m].draws_on_bank and m in present]
     runs = table.drop_duplicates("config").groupby("hardware").seconds
     machines = runs.agg(n="size", seconds="sum").sort_values("n", ascending=False).itertuples()
     where = "; ".join(f"{r.n} runs on {r.Index}, {time(r.seconds)} of computing in all" for r in machines)
@@ -126,8 +129,10 @@ def agreement(
     if both.empty: return "No results of these runs are published."
     off = (both.value - both.value_published).abs()
     other = off > 1e-5*both.value_published.abs()
-    if not other.any(): return f"All {len(both):,} numbers that are published of these runs came out the same."
+    if not other.any():
+        return f"All {len(both):,} numbers that are published of these runs came out the same."
     worst = both.loc[(off/both.stderr.clip(lower=1e-9)).idxmax()]
-    return (f"Of {len(both):,} numbers that are published of these runs {other.sum():,} came out otherwise, as they do "
-            f"on another processor; farthest off, by its standard error, is {worst.metric} of {LABELS[worst.method]}, "
-            f"seed {worst.seed:g}: {worst.value:g}, published {worst.value_published:g}.")
+    return (f"Of {len(both):,} numbers that are published of these runs {other.sum():,} came out otherwise, "
+            "as they do on another processor; farthest off, by its standard error, "
+            f"is {worst.metric} of {LABELS[worst.method]}, seed {worst.seed:g}: "
+            f"{worst.value:g}, published {worst.value_published:g}.")

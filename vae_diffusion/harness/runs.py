@@ -43,7 +43,8 @@ def hardware(
 # %% ../../nbs/harness/03_runs.ipynb #cell027
 def machine_name() -> str: # for a file name
     "Abbreviate what computes: the GPU's name, or the CPU's with its number of cores."
-    name = hardware(device()).split(", ")[0] + ("" if torch.cuda.is_available() else f" {os.cpu_count()} cores")
+    cores = "" if torch.cuda.is_available() else f" {os.cpu_count()} cores"
+    name = hardware(device()).split(", ")[0] + cores
     short = re.sub(r"\(.*?\)|@.*?hz|processor|cpu", "", name.lower())
     return re.sub("[^a-z0-9]+", "-", short).strip("-")
 
@@ -85,10 +86,12 @@ def verify_config(
     file, stored = run.folder/"config.json", None
     try: stored = json.loads(file.read_text())["config"]
     except OSError as e:
-        raise ProjectError(f"{file} cannot be read ({e.strerror or e}): make it readable and run again") from e
+        raise ProjectError(
+            f"{file} cannot be read ({e.strerror or e}): make it readable and run again") from e
     except (ValueError, KeyError, TypeError): pass # damaged: not the run's configuration either
     if stored != run.config:
-        raise ProjectError(f"{file} does not hold the configuration of run {run.name}: delete the folder and run again")
+        raise ProjectError(f"{file} does not hold the configuration of run {run.name}: "
+            "delete the folder and run again")
 
 # %% ../../nbs/harness/03_runs.ipynb #61f86d80
 def open_run(
@@ -120,7 +123,8 @@ def checkpointed_part(
     """Compute a part of a run's results and store it, or return the stored one.
 
     Raises `stopping.Stopped` if it is not stored and no time is left."""
-    file, before = run.folder/f"{name}.json", run.folder/f"checkpoint-{name}.json" # seconds until the interruption
+    file = run.folder/f"{name}.json"
+    before = run.folder/f"checkpoint-{name}.json" # seconds until the interruption
     if not file.exists():
         stopping.check_deadline()
         start = time.perf_counter() - (json.loads(files.read_verified(before)) if before.exists() else 0)
@@ -143,15 +147,16 @@ def finish_run(
 ) -> pd.DataFrame: # tidy results
     """Complete the rows, write them, which marks the run as done, and unlock its folder.
 
-    Before that, the values of images are written to `values.safetensors`, for each metric those of the last row that
-    has them; of the runs of VAEs alone."""
+    Before that, the values of images are written to `values.safetensors`, for each metric those of the last
+    row that has them; of the runs of VAEs alone."""
     settings, of_vae = run.settings, run.stage in ("train_vae", "measure_gaps")
-    common = {"dataset": settings.dataset, "scale": settings.scale, "method": run.stage, "seed": None, "k": None,
-              "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
+    common = {"dataset": settings.dataset, "scale": settings.scale, "method": run.stage, "seed": None,
+              "k": None, "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
     if of_vae:
         common |= {"method": settings.method, "seed": settings.seed}
         if METHODS[settings.method].draws_on_bank: common["k"] = settings.k
-        values = {r["metric"]: torch.as_tensor(r["values"], dtype=torch.float32) for r in rows if "values" in r}
+        values = {r["metric"]: torch.as_tensor(r["values"], dtype=torch.float32)
+                  for r in rows if "values" in r}
         if values: files.save_tensors(run.folder/"values.safetensors", values)
     table = pd.DataFrame([common | r for r in rows]).reindex(columns=COLUMNS)
     with files.atomic_write(run.results, checksum=True) as tmp:
@@ -165,4 +170,5 @@ def read_results(
 ) -> pd.DataFrame: # with the columns `COLUMNS`
     "Read the results of a run. Raises `ProjectError` if it is not done."
     if run.done: return read_table(run.results)
-    raise ProjectError(f"{run.name} is not done: run nbs/experiments/{run.stage}.ipynb with the same parameters")
+    raise ProjectError(
+        f"{run.name} is not done: run nbs/experiments/{run.stage}.ipynb with the same parameters")

@@ -33,10 +33,11 @@ def validate_diffusion(
     widths, dataset, weights = list(settings.dm_widths), settings.dataset, settings.weights
     halvings, side = len(widths) - 1, data.DATASETS[dataset].shape[-1]
     if any(w % 8 for w in widths):
-        raise ProjectError(f"dm_widths is {widths}: each must be a multiple of 8, the groups of the normalisation")
+        raise ProjectError(
+            f"dm_widths is {widths}: each must be a multiple of 8, the groups of the normalisation")
     if side % 2**halvings:
-        raise ProjectError(f"dm_widths has {len(widths)} entries, but images of {dataset}, {side} pixels wide, "
-            f"cannot be halved {halvings} times: give fewer")
+        raise ProjectError(f"dm_widths has {len(widths)} entries, but images of {dataset}, "
+            f"{side} pixels wide, cannot be halved {halvings} times: give fewer")
     if weights not in ("published", "trained") and not weights.startswith(f"{dataset}-"):
         raise ProjectError(f"weights is {weights!r}; choose published, trained, or a folder of data/weights "
             f"whose name begins with {dataset}-")
@@ -44,9 +45,10 @@ def validate_diffusion(
     if seen and weights != "trained": raise ProjectError(
         f"dm_seen is {seen}, but weights is {weights!r}, of which one model is kept: set weights to 'trained'")
     if seen and seen not in kept: raise ProjectError(
-        f"dm_seen is {seen}, but train_diffusion keeps its weights after {', '.join(map(str, kept))} images: choose "
-        "one of these, or 0 for the last")
-    if settings.dm_sigma_min >= settings.dm_sigma_max: raise ProjectError("dm_sigma_min must be below dm_sigma_max")
+        f"dm_seen is {seen}, but train_diffusion keeps its weights after {', '.join(map(str, kept))} images: "
+        "choose one of these, or 0 for the last")
+    if settings.dm_sigma_min >= settings.dm_sigma_max:
+        raise ProjectError("dm_sigma_min must be below dm_sigma_max")
 
 # %% ../../nbs/harness/00_settings.ipynb #set00013
 def validate_vae(
@@ -74,13 +76,15 @@ def validate_grid(
     "Raise `ProjectError` if the grid lists a run twice."
     for name in "methods", "seeds", "ks":
         entries = getattr(settings, name)
-        if len({*entries}) < len(entries): raise ProjectError(f"{name} is {list(entries)!r}: give each entry once")
+        if len({*entries}) < len(entries):
+            raise ProjectError(f"{name} is {list(entries)!r}: give each entry once")
 
 # %% ../../nbs/harness/00_settings.ipynb #cell005
 @dataclass(frozen=True)
 class Settings(
-    parameters.GridSettings, parameters.GapSettings, parameters.TrainingSettings, parameters.NetworkSettings,
-    parameters.QualitySettings, parameters.BankSettings, parameters.DiffusionSettings, parameters.DataSettings,
+    parameters.GridSettings, parameters.GapSettings, parameters.TrainingSettings,
+    parameters.NetworkSettings, parameters.QualitySettings, parameters.BankSettings,
+    parameters.DiffusionSettings, parameters.DataSettings,
 ):
     "Hold all parameters of the experiments. Raises `ProjectError` for an invalid value."
     def __post_init__(self):
@@ -89,7 +93,7 @@ class Settings(
         for validate in validate_diffusion, validate_vae, validate_grid: validate(self)
 
 # %% ../../nbs/harness/00_settings.ipynb #prm00019
-IGNORED = "In", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH" # the history, and what papermill itself can add
+IGNORED = "In", "PAPERMILL_INPUT_PATH", "PAPERMILL_OUTPUT_PATH" # the history, and what papermill may add
 
 # %% ../../nbs/harness/00_settings.ipynb #prm00020
 def assigned_names(
@@ -107,7 +111,7 @@ def assigned_names(
 def notebook_values(
     names: dict, # a notebook's `globals()`
 ) -> dict: # name -> value
-    "Select what a notebook's own cells have assigned; where there is no history, everything without underscore."
+    "Select what a notebook's own cells have assigned; without a history, everything without underscore."
     assigned = assigned_names(names.get("In", ())) or names
     return {k: v for k, v in names.items() if k in assigned and k[0] != "_" and k not in IGNORED}
 
@@ -120,7 +124,7 @@ def select_parameters(
     values: dict, # name -> value
     rerun: bool=False, # the variables of a notebook's later cells may be among them
 ) -> dict: # those of the names that are parameters
-    "Select the parameters. Raises `ProjectError` for another name; in a rerun, only if it resembles a parameter."
+    "Select the parameters. Raises `ProjectError` for another name; in a rerun, only if it resembles one."
     for name in values:
         if name in PARAMETERS: continue
         similar = difflib.get_close_matches(str(name), PARAMETERS, 1, .8 if rerun else .6)
@@ -137,7 +141,7 @@ MINUTES.name, MINUTES.type = "minutes", float
 def collect_settings(
     names: dict, # a notebook's `globals()`, or nothing but parameters, such as the content of a params file
 ) -> Settings:
-    """Collect the settings among names and their values, and start the clock of a notebook that is given minutes.
+    """Collect the settings among names and their values, and start the clock of a notebook given minutes.
 
     Raises `ProjectError` for a name that is not a parameter, or an invalid value, and as `pick_params`."""
     notebook = "__builtins__" in names
@@ -177,7 +181,8 @@ def read_params(
     except (OSError, ValueError, yaml.YAMLError) as e:
         raise ProjectError(f"{file} cannot be read as YAML ({' '.join(str(e).split())}). {restore}") from e
     if not isinstance(content, dict):
-        raise ProjectError(f"{file} must name parameters and their values, as \"epochs: 200\", one per line. {restore}")
+        raise ProjectError(
+            f"{file} must name parameters and their values, as \"epochs: 200\", one per line. {restore}")
     unknown = [k for k, v in content.items() if not isinstance(k, str) or isinstance(v, dict)]
     if unknown: raise ProjectError(f"{file}: {unknown[0]!r} is not a parameter")
     return content
@@ -187,20 +192,20 @@ def load_params(
     dataset: str, # the data set
     scale: str="cpu", # the scale
 ) -> Settings:
-    "Load the settings of a data set and scale. Raises `ProjectError` if there are none, or if they are invalid."
+    "Load the settings of a data set and scale. Raises `ProjectError` if there are none, or they are invalid."
     file = params_file(dataset, scale)
     content = read_params(file)
     try: found = collect_settings(content)
     except ProjectError as e: raise ProjectError(f"{file}: {e}") from e
     if (found.dataset, found.scale) == (dataset, scale): return found
-    raise ProjectError(f"{file} holds the parameters of {found.dataset} at scale {found.scale}: correct its first "
-        "lines, or restore it from git.")
+    raise ProjectError(f"{file} holds the parameters of {found.dataset} at scale {found.scale}: "
+        "correct its first lines, or restore it from git.")
 
 # %% ../../nbs/harness/00_settings.ipynb #setpar00
 def pick_params(
     name: str, # of a params file, such as digits-cpu
 ) -> Settings:
-    "Load the settings of a params file. Raises `ProjectError` if there is no such file, and as `load_params`."
+    "Load the settings of a params file. Raises `ProjectError` if there is none, and as `load_params`."
     names = sorted(p.stem for p in params_file("digits", "cpu").parent.glob("*.yaml"))
     if name not in names: raise ProjectError(f"params is {name!r}; choose one of {', '.join(names)}")
     return load_params(*name.rsplit("-", 1))

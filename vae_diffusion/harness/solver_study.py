@@ -50,26 +50,30 @@ def cheapest_equal(
     return elbo.evaluations[same].idxmin() if same.any() else reference
 
 # %% ../../nbs/harness/11_solver_study.ipynb #cell010
-SOLVERS = {"heun": "Heun, the paper's solver", "multistep": "multistep solver", "stochastic": "stochastic solver"}
+SOLVERS = {
+    "heun": "Heun, the paper's solver", "multistep": "multistep solver", "stochastic": "stochastic solver"}
 
 # %% ../../nbs/harness/11_solver_study.ipynb #ad36c6ba
 @mpl.rc_context(STYLE)
 def solver_figure(
     table: pd.DataFrame, # as in `paired_differences`
 ): # -> `Figure`
-    "Draw the test ELBO of the VAEs against the evaluations of the sampler behind their bank (higher is better)."
+    "Draw the test ELBO of the VAEs against evaluations of the sampler behind their bank (higher is better)."
     t = last_epoch(table, "elbo_test").rename(columns={"value": "seed_value"})
     t = t.assign(evaluations=t.variant.map(count_evaluations), solver=t.variant.str.split().str[0])
-    t = t.assign(x=t.evaluations*t.solver.map({name: 1.03**i for i, name in enumerate(SOLVERS)})) # side by side
+    shift = {name: 1.03**i for i, name in enumerate(SOLVERS)} # side by side
+    t = t.assign(x=t.evaluations*t.solver.map(shift))
     means = [[*at, *seed_interval(v)] for at, v in t.groupby(["solver", "x"]).seed_value]
     means = pd.DataFrame(means, columns=["solver", "x", "mean", "low", "high"])
     levels = means[means.solver == "heun"].rename(columns={"low": "level_low", "high": "level_high"})
-    levels = levels.drop(columns=["x", "mean"]).merge(pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()]}), "cross")
+    ends = pd.DataFrame({"x": [t.x.min()/1.1, t.x.max()]})
+    levels = levels.drop(columns=["x", "mean"]).merge(ends, "cross")
     found = pd.concat([means, t, levels], ignore_index=True)
     plot = so.Plot(found, x="x", color="solver", linestyle="solver", marker="solver")
     plot = plot.add(so.Band(alpha=.1), ymin="level_low", ymax="level_high", legend=False)
     plot = add_means(plot.add(so.Line(), y="mean", legend=False), "y", pointsize=5).scale(x="log")
-    looks = {name: (c, m, d) for name, c, m, d in zip(SOLVERS, VARIANTS, MARKERS, DASHES) if name in set(t.solver)}
+    looks = {name: (c, m, d) for name, c, m, d in zip(SOLVERS, VARIANTS, MARKERS, DASHES)
+             if name in set(t.solver)}
     color, marker, style = ({name: look[i] for name, look in looks.items()} for i in range(3))
     plot = plot.scale(color=color, marker=marker, linestyle=style)
     plot = plot.label(x="network evaluations per sample", y="test ELBO / nats per image\n(higher is better)")

@@ -51,11 +51,12 @@ def train_runs(
     s = runs[0].settings
     def measure(vae): return measure_elbos(vae, images, s.elbo_samples)
     members = [
-        training.Member(build_vae(run.settings, images), source, run.settings.seed, measure, run.folder, run.digest)
+        training.Member(build_vae(run.settings, images), source, run.settings.seed, measure,
+                        run.folder, run.digest)
         for run, source in zip(runs, sources, strict=True)]
     epochs = {*s.evaluate_at, *s.gaps_at}
-    fits = training.fit_stack(members, len(images.train), images.levels, s.epochs, s.batch, s.lr, epochs, s.gaps_at,
-                              compile=s.compile, decay=s.lr_decay)
+    fits = training.fit_stack(members, len(images.train), images.levels, s.epochs, s.batch, s.lr, epochs,
+                              s.gaps_at, compile=s.compile, decay=s.lr_decay)
     for run, member, fit in zip(runs, members, fits):
         kept = {s.epochs: image_elbos(member.vae, images, s.elbo_samples)}
         for name, weights in {"last": member.vae.state_dict(), "best": fit.best}.items():
@@ -84,7 +85,7 @@ def train_stack(
     """Train those of the runs that are not done as one stack.
 
     Waits for other processes that train one of them. Raises as `runs.open_run` and `training.fit_stack`."""
-    runs = sorted(runs, key=lambda run: run.name) # all processes lock in the same order, which rules out a deadlock
+    runs = sorted(runs, key=lambda run: run.name) # the same order in all processes: no deadlock
     try:
         for run in runs: open_run(run.stage, run.settings)
         left = [run for run in runs if not run.done]

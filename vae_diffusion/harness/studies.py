@@ -54,7 +54,8 @@ class Study:
     def runs(self) -> list: # of (label, `Run`)
         "List every run once, in the order of computing. Raises as `with_changes`."
         base, found = load_params(self.dataset, self.scale), {}
-        for stage, (label, change), values in product(self.stages, self.variants.items(), product(*self.grid.values())):
+        cases = product(self.stages, self.variants.items(), product(*self.grid.values()))
+        for stage, (label, change), values in cases:
             run = Run(stage, with_changes(base, change | dict(zip(self.grid, values))))
             if stage == "sample_bank" and not METHODS[run.settings.method].draws_on_bank: continue
             found.setdefault(run.name, (label, run))
@@ -79,8 +80,8 @@ def verify_study(
     good = good and all(isinstance(v, dict) for v in variants.values())
     good = good and all(isinstance(v, list) for v in grid.values())
     if not good:
-        raise ProjectError(f"{file}: stages must be a list, variants must give each label its parameters, and grid "
-            "each parameter a list")
+        raise ProjectError(f"{file}: stages must be a list, variants must give each label its parameters, "
+            "and grid each parameter a list")
     unknown = [s for s in stages if not (file.parent.parent/f"{s}.ipynb").exists()]
     if unknown: raise ProjectError(f"{file}: there is no experiment {', '.join(map(str, unknown))}")
 
@@ -93,8 +94,8 @@ def load_study(
     if not file: raise ProjectError(f"there is no study {name}; there are {', '.join(study_files())}")
     try: content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ProjectError(f"{file} cannot be read as YAML ({' '.join(str(e).split())}). Correct it, or restore it "
-            "from git.") from e
+        raise ProjectError(f"{file} cannot be read as YAML ({' '.join(str(e).split())}). "
+            "Correct it, or restore it from git.") from e
     verify_study(file, content)
     return Study(name, **content | {"stages": tuple(content["stages"])})
 
@@ -129,8 +130,9 @@ def variant_curves(
     "Draw the ELBO on training (dashed) and test images over effective epochs, one panel per variant."
     last, names = table.epoch.max(), [*dict.fromkeys(table.variant)]
     elbos = table[table.metric.isin(["elbo_train", "elbo_test"])]
-    p = paper[(paper.method == table.method.iloc[0]) & (paper.epoch <= last) & paper.metric.isin(elbos.metric)]
-    p = p.rename(columns={"value": "paper"}).merge(pd.DataFrame({"variant": names}), "cross")
+    p = paper[(paper.method == table.method.iloc[0]) & (paper.epoch <= last)]
+    p = p[p.metric.isin(elbos.metric)].rename(columns={"value": "paper"})
+    p = p.merge(pd.DataFrame({"variant": names}), "cross")
     t = pd.concat([elbos, p], ignore_index=True)
     columns = 3 if len(names) < 7 else 4
     plot = so.Plot(t, x="epoch", linestyle="metric").facet("variant", wrap=columns)
@@ -156,7 +158,8 @@ def draw_variants(
     "Draw the curves of a study's variants beside the paper's numbers."
     dataset, scale = table.dataset[0], table.scale[0]
     paper = reported_by_paper(load_params(dataset, scale))
-    return variant_curves(table, paper, f"{name_scale(dataset, scale)}: normal training, a panel for each variant")
+    title = f"{name_scale(dataset, scale)}: normal training, a panel for each variant"
+    return variant_curves(table, paper, title)
 
 # %% ../../nbs/harness/13_studies.ipynb #eb752115
 def titled(
@@ -169,11 +172,12 @@ def titled(
 # %% ../../nbs/harness/13_studies.ipynb #27bc4455
 FIGURES = { # end of a study's name -> function of its results
     "samplers": solver_study.solver_figure,
-    "recipes": titled(quality_figures.recipes_figure, "recipes of the diffusion model, nearest samples first;\n"
-                      "N: distribution of ln σ in training"),
+    "recipes": titled(quality_figures.recipes_figure,
+        "recipes of the diffusion model, nearest samples first;\nN: distribution of ln σ in training"),
     "normal": draw_variants,
     "networks": draw_variants,
-    "diffusion": titled(quality_figures.quality_figure, "what the diffusion model has learnt, as training goes on")}
+    "diffusion": titled(quality_figures.quality_figure,
+        "what the diffusion model has learnt, as training goes on")}
 
 # %% ../../nbs/harness/13_studies.ipynb #c0de767f
 def study_figures(
@@ -190,7 +194,8 @@ def compared_variants(
 ) -> dict: # "data set with variant" -> (tidy results, `Settings`)
     "Return a study's published variants as comparisons of their own; none unless it runs every method."
     methods = {name for name, method in METHODS.items() if method.in_paper}
-    if study.scale != "cpu" or not methods <= set(study.grid.get("method", [])) or "seed" not in study.grid: return {}
+    complete = methods <= set(study.grid.get("method", [])) and "seed" in study.grid
+    if study.scale != "cpu" or not complete: return {}
     if not (paths.results()/f"{study.name}.csv").exists(): return {}
     t, base, found = load_published_study(study.name), load_params(study.dataset), {}
     for label, change in study.variants.items():
@@ -200,13 +205,14 @@ def compared_variants(
 
 # %% ../../nbs/harness/13_studies.ipynb #24f8a322
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
-    "Collect the published comparisons at the cpu scale in which every method of the paper has three seeds or more."
+    "Collect published comparisons at the cpu scale with three seeds or more of each of the paper's methods."
     methods, found = sorted(name for name, method in METHODS.items() if method.in_paper), {}
     for name, info in data.DATASETS.items():
         file = paths.results()/f"{name}-cpu.csv"
         if file.exists(): found[info.label] = read_table(file), load_params(name)
     for study in map(load_study, study_files()): found |= compared_variants(study)
-    def complete(table): return (table.groupby("method").seed.nunique().reindex(methods, fill_value=0) > 2).all()
+    def complete(table):
+        return (table.groupby("method").seed.nunique().reindex(methods, fill_value=0) > 2).all()
     order = [*data.DATASETS]
     rows = sorted(found.items(), key=lambda item: order.index(item[1][1].dataset))
     return {name: (table, settings) for name, (table, settings) in rows if complete(table)}
@@ -215,7 +221,7 @@ def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
 def publish_study(
     study: Study, # whose runs are done
 ):
-    "Store results and figures of a study as the published ones, and its diffusion model. Raises as `collect_study`."
+    "Publish a study: its results, its figures and its diffusion model. Raises as `collect_study`."
     results, folder = collect_study(study), paths.figures()/f"{study.dataset}-{study.scale}"
     file = paths.results()/f"{study.name}.csv"
     if "measure_gaps" in study.stages: publish_values(results, file) # methods are compared

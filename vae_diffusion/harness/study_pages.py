@@ -42,7 +42,8 @@ def bound_table(
 ) -> str: # Markdown
     "Write points of learning curves of diffusion models, a row each."
     t = pd.concat(rows).droplevel(1)
-    t = t.rename(columns={"images": "images seen"} | {m: about(m).label for m in ("bound_train", "bound_test")})
+    labels = {m: about(m).label for m in ("bound_train", "bound_test")}
+    t = t.rename(columns={"images": "images seen"} | labels)
     return t.to_markdown(floatfmt=("", ",.0f", ",.0f", ".1f", ".1f"), intfmt=",")
 
 def qualities(
@@ -129,11 +130,13 @@ def solver_differences(
     table: pd.DataFrame, # tidy results with `variant`, such as "multistep 8"
     reference: str=solver_study.PAPER, # the variant that the others are compared with
 ) -> str: # Markdown
-    "Write the differences to a solver in test ELBO and generalization gap, paired by seed, with 95 % intervals."
-    found = {m: solver_study.paired_differences(table, m, reference) for m in ("elbo_test", "generalization_gap")}
+    "Write differences to a solver in test ELBO and generalization gap, paired by seed, with 95 % intervals."
+    metrics = "elbo_test", "generalization_gap"
+    found = {m: solver_study.paired_differences(table, m, reference) for m in metrics}
     rows = {name: {"evaluations": int(r.evaluations)} for name, r in found["elbo_test"].iterrows()}
     for metric, t in found.items():
-        for name, r in t.iterrows(): rows[name][about(metric).label] = interval(r.difference, r.low, r.high, 2)
+        for name, r in t.iterrows():
+            rows[name][about(metric).label] = interval(r.difference, r.low, r.high, 2)
     t = pd.DataFrame(rows).T.sort_values("evaluations")
     return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*3])
 

@@ -30,13 +30,16 @@ WIDTH = 7.4 # inches, of a page
 # %% ../../nbs/harness/09_style.ipynb #89211530
 plt.switch_backend(mpl.get_backend()) # now, because within `rc_context` its settings would be undone
 
-DEFAULTS = {k: v for k, v in mpl.rcParamsDefault.items() if k not in ("backend", "backend_fallback", "interactive")}
+DEFAULTS = {k: v for k, v in mpl.rcParamsDefault.items()
+            if k not in ("backend", "backend_fallback", "interactive")}
 STYLE = DEFAULTS | sns.axes_style("ticks") | {
-    "font.family": "DejaVu Sans", "font.size": 8, "figure.titlesize": 9, "legend.fontsize": 8, "legend.frameon": False,
+    "font.family": "DejaVu Sans", "font.size": 8, "figure.titlesize": 9,
+    "legend.fontsize": 8, "legend.frameon": False,
     "axes.titlesize": 8, "axes.labelsize": 8, "xtick.labelsize": 8, "ytick.labelsize": 8,
     "axes.spines.top": False, "axes.spines.right": False,
     "axes.linewidth": .6, "grid.linewidth": .3, "xtick.major.width": .6, "ytick.major.width": .6,
-    "lines.linewidth": 1.2, "figure.dpi": 96, "savefig.dpi": 200, "svg.hashsalt": "vae_diffusion", "image.cmap": "gray"}
+    "lines.linewidth": 1.2, "figure.dpi": 96, "savefig.dpi": 200,
+    "svg.hashsalt": "vae_diffusion", "image.cmap": "gray"}
 
 # %% ../../nbs/harness/09_style.ipynb #733e4efa
 def methods_shown(
@@ -51,7 +54,7 @@ def methods_shown(
 def describe(
     fig, # a `Figure`
 ) -> str: # the alternative text
-    "Say what a figure shows, for those who do not see it: its title, and the title and the axes of each panel."
+    "Say what a figure shows, for those who do not see it: its title, and the title and axes of each panel."
     found = [fig.get_suptitle(), fig.get_supylabel()]
     for ax in fig.axes:
         axes = " against ".join(filter(None, (ax.get_ylabel(), ax.get_xlabel())))
@@ -95,7 +98,8 @@ def add_key(
     columns: int=6, # at most
 ):
     "Explain below a figure what its lines and markers mean."
-    lines = [mpl.lines.Line2D([], [], label=label, **{"color": "0.2"} | look) for label, look in lines.items()]
+    lines = [mpl.lines.Line2D([], [], label=label, **{"color": "0.2"} | look)
+             for label, look in lines.items()]
     fig.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), columns), columnspacing=1.4)
 
 # %% ../../nbs/harness/09_style.ipynb #styfig05

@@ -28,7 +28,8 @@ def result_row(
     bad = int((~torch.isfinite(v)).sum())
     if bad: raise ProjectError(f"{metric} is not finite for {bad} of {len(v)} images")
     stderr = (v.std()/len(v)**.5).item() if len(v) > 1 else None
-    row = {"metric": metric, "value": v.mean().item(), "stderr": stderr, "n": len(v), "epoch": epoch, "unit": unit}
+    row = {"metric": metric, "value": v.mean().item(), "stderr": stderr, "n": len(v),
+           "epoch": epoch, "unit": unit}
     return row | ({"values": v.tolist()} if len(v) > 1 else {})
 
 # %% ../../nbs/harness/02_tables.ipynb #3bed70cb

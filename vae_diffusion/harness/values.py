@@ -19,13 +19,14 @@ def _read(file, changed): return files.load_tensors(file)[0]
 def read_values(
     file: Path, # safetensors
 ) -> dict: # name -> float32 [n]
-    "Read a file of values, once as long as it does not change; none if there is none. Raises as `load_tensors`."
+    "Read a file of values, once while it does not change; none if there is none. Raises as `load_tensors`."
     return _read(file, file.stat().st_mtime_ns) if file.exists() else {}
 
 # %% ../../nbs/harness/07_values.ipynb #contr006
 def published_values() -> dict: # "digest/metric" -> float32 [n]
     "Read the values of all published results."
-    return {name: v for f in sorted(paths.results().glob("*.safetensors")) for name, v in read_values(f).items()}
+    return {name: v for f in sorted(paths.results().glob("*.safetensors"))
+            for name, v in read_values(f).items()}
 
 def find_values(
     config: str, # digest of a run
@@ -58,7 +59,7 @@ def publish_values(
 ):
     "Store all values that are kept of a table's runs, one file a table; none is written if there are none."
     kept = {}
-    for r in table.sort_values("epoch").itertuples(): # a metric at several epochs: what is kept belongs to one of them
+    for r in table.sort_values("epoch").itertuples(): # of a metric's epochs, one has values
         values = image_values(pd.DataFrame([r._asdict()]))
         if values: kept[f"{r.config}/{r.metric}"] = values[0].float()
     if kept: files.save_tensors(file.with_suffix(".safetensors"), kept)

@@ -13,7 +13,7 @@ def digest(
     obj, # bytes, or anything that can be written as JSON
     length: int=12, # number of hexadecimal digits to keep
 ) -> str:
-    "Return the shortened SHA-256 of `obj`. Raises `TypeError`, or `ValueError` for NaN and infinities, if not JSON."
+    "Return a short SHA-256 of `obj`. Raises `TypeError`, or `ValueError` for NaN and infinity, if not JSON."
     if not isinstance(obj, bytes): obj = json.dumps(obj, sort_keys=True, allow_nan=False).encode()
     return hashlib.sha256(obj).hexdigest()[:length]
 
