@@ -32,11 +32,12 @@ class SampleBank:
             self.manifest = self._manifest()
             try: self.maps = [self._shard(s, verify) for s in self.manifest["shards"]]
             except ProjectError:
-                if self._manifest() == self.manifest: raise # otherwise another process has extended the bank meanwhile
+                if self._manifest() == self.manifest: raise # otherwise another process has extended it
             else: break
 
     def __len__(self): return self.manifest["count"]
-    def __repr__(self): return f"SampleBank({self.folder.name}: {len(self)} images, {self.manifest['identity']})"
+    def __repr__(self):
+        return f"SampleBank({self.folder.name}: {len(self)} images, {self.manifest['identity']})"
 
     def _manifest(self):
         path = self.folder/"manifest.json"
@@ -60,8 +61,9 @@ class SampleBank:
     def __getitem__(self,
         index, # of rows, as in `batches.row_indices`
     ): # -> uint8 [...,C,H,W]
-        "Read images by row, with NumPy's indexing. Raises `ProjectError` if the bank is empty, or as `row_indices`."
-        if not len(self): raise ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
+        "Read images by row, as NumPy does. Raises `ProjectError` if the bank is empty, or as `row_indices`."
+        if not len(self):
+            raise ProjectError(f"The bank {self.folder} is empty. Fill it with the sample_bank notebook.")
         rows = row_indices(index, len(self))
         out = np.empty((*rows.shape, *self.manifest["identity"]["shape"]), np.uint8)
         which, row = np.divmod(rows, self.manifest["identity"]["shard"])
@@ -71,7 +73,7 @@ class SampleBank:
 # %% ../nbs/method/11_banks.ipynb #cell011
 GENERATORS = {
     "counter": rng.nth_generator, # a state of its own for every image
-    "seeded": lambda i, *parts: rng.generator(*parts, i), # 32-bit seeds: of 600,000 images, 48 repeat another's noise
+    "seeded": lambda i, *parts: rng.generator(*parts, i), # 32-bit seeds: 48 of 600,000 images repeat a noise
 }
 
 def image_generators(
@@ -86,7 +88,7 @@ def image_generators(
 def _bank_identity(pipe, seed, noise, batch, shard, sampler):
     "Return what decides the images of a bank, as its manifest stores it. Raises as `image_generators`."
     image_generators([], seed, noise)
-    named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as every manifest names it
+    named = {"steps" if k == "num_inference_steps" else k: v for k, v in sampler.items()} # as in manifests
     identity = pipe.identity() | {"sampler": named, "seed": seed, "batch": batch, "shard": shard}
     if noise != "seeded": identity["noise"] = noise # older banks have no such entry
     return json.loads(json.dumps(identity))
@@ -103,7 +105,10 @@ def fill(
     progress: bool=True, # show a progress bar
     **sampler, # further arguments of `pipe`, such as num_inference_steps=10, solver="multistep"
 ) -> SampleBank: # itself
-    "Draw the images that the bank lacks. Raises `ProjectError` for another identity, `ValueError` for unfit arguments."
+    """Draw the images that the bank lacks.
+
+    Raises `ProjectError` for another identity, `ValueError` for unfit arguments.
+    """
     size = max(batch, getattr(pipe, "batch", 0))
     if shard % size: raise ValueError(f"batch {size} does not divide shard {shard}")
     identity = _bank_identity(pipe, seed, noise, batch, shard, sampler)
@@ -111,11 +116,13 @@ def fill(
     if 0 < count <= len(self): return self
     def draw(rows):
         generators = image_generators(rows.tolist(), seed, noise)
-        return to_levels(pipe(len(rows), generators, output_type="pt", **sampler).images, identity["levels"]).cpu()
+        images = pipe(len(rows), generators, output_type="pt", **sampler).images
+        return to_levels(images, identity["levels"]).cpu()
     with (locks.folder_lock(self.folder),
           stopping.stoppable(lambda: (len(self), count, "images"), at_once=True) as asked):
         self._prepare(identity)
-        with progress_bar(total=count, initial=len(self), unit="img", disable=not progress, leave=False) as bar:
+        with progress_bar(total=count, initial=len(self), unit="img",
+                          disable=not progress, leave=False) as bar:
             while len(self) < count and not asked:
                 start, first, began = len(self)//shard*shard, len(self)//size*size, time.monotonic()
                 stop, new = min(start + shard, count), []
@@ -133,10 +140,11 @@ def fill(
 
 # %% ../nbs/method/11_banks.ipynb #cell012
 def _prepare(self: SampleBank, identity):
-    "Open the bank again, in case another process has filled it, and make it ready for new shards. Raises as `_same`."
+    "Open the bank again, for another process may have filled it, and make it ready. Raises as `_same`."
     self._open(verify=False)
     self._same(identity)
-    if not self.manifest["identity"]: self._keep([], 0, 0., identity) # shards without a manifest would be rejected
+    if not self.manifest["identity"]: # shards without a manifest would be rejected
+        self._keep([], 0, 0., identity)
     self._tidy()
 
 def _add(self: SampleBank, start, images, identity, seconds):
@@ -152,7 +160,8 @@ def _add(self: SampleBank, start, images, identity, seconds):
 
 def _same(self: SampleBank, identity):
     "Raise `ProjectError` if the bank holds samples of another identity."
-    was, identity = ({"noise": "seeded"} | i for i in (self.manifest["identity"] or identity, identity)) # the default
+    was = self.manifest["identity"] or identity
+    was, identity = ({"noise": "seeded"} | i for i in (was, identity)) # the default
     if was != identity: raise ProjectError(f"The bank {self.folder} holds other samples: " +
         ", ".join(f"{k} is {was.get(k)}, requested is {v}" for k, v in identity.items() if was.get(k) != v) +
         ". Request the same, or use another folder.")

@@ -24,13 +24,14 @@ def stratified_indices(
     n: int, # number of images, 0 for all
     what: str="the data set", # its name in an error message
 ) -> torch.Tensor: # int64 [n], ascending indices
-    "Choose `n` images, stratified and always the same. Raises `ProjectError` if a class would be empty or used up."
+    "Choose `n` images, stratified, always the same. Raises `ProjectError` if a class is empty or used up."
     total, classes = len(labels), len(labels.unique())
     if n in (0, total): return torch.arange(total)
-    if not 0 < n < total: raise ProjectError(f"{what} has {total} images, not {n}: choose fewer, or 0 for all")
+    if not 0 < n < total:
+        raise ProjectError(f"{what} has {total} images, not {n}: choose fewer, or 0 for all")
     if not classes <= n <= total - classes: raise ProjectError(
-        f"{n} of the {total} images of {what} cannot be chosen so that each of {classes} classes is represented: "
-        f"choose {classes} to {total - classes}, or 0 for all")
+        f"{n} of the {total} images of {what} cannot be chosen so that each of {classes} classes "
+        f"is represented: choose {classes} to {total - classes}, or 0 for all")
     from sklearn.model_selection import train_test_split
     seed = seed_of("some", n) % 2**32
     chosen, _ = train_test_split(np.arange(total), train_size=n, stratify=labels, random_state=seed)
@@ -39,7 +40,7 @@ def stratified_indices(
 # %% ../nbs/method/01_data.ipynb #cell015
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "Hold train and test images with their labels. Raises `TypeError` or `ValueError` if the parts do not fit together."
+    "Hold train and test images with labels. Raises `TypeError` or `ValueError` if they do not fit together."
     name: str # such as one of `DATASETS`
     levels: int # how many values a pixel can take, 2..256
     train: torch.Tensor # uint8 [N,C,H,W] in 0..levels-1
@@ -47,12 +48,13 @@ class Dataset:
     train_labels: torch.Tensor # int64 [N]
     test_labels: torch.Tensor # int64 [M]
     valid: torch.Tensor=None # uint8 [V,C,H,W], training images held out for validation; None: none
-    rest: torch.Tensor=None # uint8 [R,C,H,W], the other training images that `subset` left out, in random order
+    rest: torch.Tensor=None # uint8 [R,C,H,W], further training images that `subset` left out, in random order
 
     def __post_init__(self):
         for part in "valid", "rest":
             if getattr(self, part) is None: object.__setattr__(self, part, self.train[:0])
-        if not 2 <= self.levels <= 256: raise ValueError(f"{self.name}: levels must be 2..256, found {self.levels}")
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"{self.name}: levels must be 2..256, found {self.levels}")
         self._check("train", self.train, self.train_labels)
         self._check("test", self.test, self.test_labels)
         if self.test.shape[1:] != self.train.shape[1:]:
@@ -104,8 +106,8 @@ class Dataset:
         left = left.nonzero().squeeze(1)
         left = left[torch.randperm(len(left), generator=generator("rest", len(train)))]
         if n_valid > len(left): raise ProjectError(
-            f"{self.name} train: {n_valid} images are to be held out for validation, but n_train leaves {len(left)}: "
-            "lower n_train or n_valid")
+            f"{self.name} train: {n_valid} images are to be held out for validation, but n_train leaves "
+            f"{len(left)}: lower n_train or n_valid")
         return replace(self, train=self.train[train], test=self.test[test],
                        train_labels=self.train_labels[train], test_labels=self.test_labels[test],
                        valid=self.train[left[:n_valid]], rest=self.train[left[n_valid:]])
@@ -138,16 +140,19 @@ binary_mnist = PublishedFiles("mnist",
     ("https://ossci-datasets.s3.amazonaws.com/mnist/", "https://storage.googleapis.com/cvdf-datasets/mnist/"),
     dict(zip(idx_files, ("f68b3c2dcbeaaa9fbdd348bbdeb94873", "d53e105ee54ea40749a09fcbcd1e9432",
         "9fb629c4189551a2d022fa330f9573f3", "ec29112dd5afa0611ce80d1b7f02629c"))),
-    dict(zip(idx_files, zip(idx_sizes, ("6bbc9ace898e44ae57da46a324031adb", "a25bea736e30d166cdddb491f175f624",
-        "2646ac647ad5339dbf082846283269ea", "27ae3e4e09519cfbb04c329615203637")))), split_binary, ("MNIST/raw", "raw"))
+    dict(zip(idx_files, zip(idx_sizes, ("6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624", "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637")))),
+    split_binary, ("MNIST/raw", "raw"))
 
 # %% ../nbs/method/01_data.ipynb #cell052
 fashion_mnist = PublishedFiles("fashion-mnist",
     ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
     dict(zip(idx_files, ("8d4fb7e6c68d591d4c3dfef9ec88bf0d", "25c81989df183df01b3e8a0aad5dffbe",
         "bef4ecab320f06d8554ea6380940ec79", "bb300cfdad3c16e7a12a480ee83cd310"))),
-    dict(zip(idx_files, zip(idx_sizes, ("f4a8712d7a061bf5bd6d2ca38dc4d50a", "9018921c3c673c538a1fc5bad174d6f9",
-        "8181f5470baa50b63fa0f6fddb340f0a", "15d484375f8d13e6eb1aabb0c3f46965")))),
+    dict(zip(idx_files, zip(idx_sizes, ("f4a8712d7a061bf5bd6d2ca38dc4d50a",
+        "9018921c3c673c538a1fc5bad174d6f9", "8181f5470baa50b63fa0f6fddb340f0a",
+        "15d484375f8d13e6eb1aabb0c3f46965")))),
     split_idx, ("FashionMNIST/raw", "raw"))
 
 # %% ../nbs/method/01_data.ipynb #cell053
@@ -155,9 +160,12 @@ cifar10 = PublishedFiles("cifar-10-batches-bin",
     ("https://www.cs.toronto.edu/~kriz/",),
     {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"},
     {f"{name}.bin": (30_730_000, md5) for name, md5 in {
-        "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25", "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
-        "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421", "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
-        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d", "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()},
+        "data_batch_1": "5dd7e06a14cb22eb9f671a540d1b7c25",
+        "data_batch_2": "5ea93a67294ea407fff1d09f752e9692",
+        "data_batch_3": "942cd6a4bcdd0dd3c604fbe906cb4421",
+        "data_batch_4": "ae636b3ba5c66a11e91e8cb52e771fcb",
+        "data_batch_5": "53f37980c15c3d472c316c40844f3f0d",
+        "test_batch": "803d5f7f4d78ea53de84dbe85f74fb6d"}.items()},
     split_cifar, ("cifar-10-batches-py",))
 
 # %% ../nbs/method/01_data.ipynb #reg2
@@ -187,18 +195,23 @@ DATASETS = {
 # %% ../nbs/method/01_data.ipynb #reg4
 def load(
     name: str, # one of `DATASETS`
-    folder=None, # of the files, as in `locate`; default `VAE_DIFFUSION_DATA`, else published ones are downloaded
+    folder=None, # of the files, as in `locate`; default `VAE_DIFFUSION_DATA`, else they are downloaded
 ) -> Dataset:
-    "Load a data set and check it. Raises `ProjectError` for an unknown name, a missing file or unexpected content."
-    if name not in DATASETS: raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(DATASETS)}.")
+    "Load a data set and check it. Raises `ProjectError` for an unknown name, missing or unexpected content."
+    if name not in DATASETS:
+        raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(DATASETS)}.")
     info, given = DATASETS[name], folder or folder_from_env("VAE_DIFFUSION_DATA", root())
-    train, train_labels, test, test_labels = info.source(Path(given).expanduser().absolute() if given else None)
+    given = Path(given).expanduser().absolute() if given else None
+    train, train_labels, test, test_labels = info.source(given)
     found = Dataset(name, info.levels, *(torch.tensor(a, dtype=torch.uint8) for a in (train, test)),
         *(torch.tensor(a, dtype=torch.int64) for a in (train_labels, test_labels)))
     labels = torch.cat([found.train_labels, found.test_labels])
-    declared, actual = (info.shape, info.n_train, info.n_test), (found.shape, len(found.train), len(found.test))
+    declared = info.shape, info.n_train, info.n_test
+    actual = found.shape, len(found.train), len(found.test)
     if actual != declared: raise ProjectError(
-        f"{name}: DATASETS declares (shape, train images, test images) = {declared}, but the files hold {actual}")
+        f"{name}: DATASETS declares (shape, train images, test images) = {declared}, "
+        f"but the files hold {actual}")
     if labels.min() < 0 or labels.max() >= info.classes: raise ProjectError(
-        f"{name}: DATASETS declares {info.classes} classes, but the labels go from {labels.min()} to {labels.max()}")
+        f"{name}: DATASETS declares {info.classes} classes, "
+        f"but the labels go from {labels.min()} to {labels.max()}")
     return found

@@ -24,7 +24,8 @@ def unet(
 ): # -> UNet2DModel
     "Make a `UNet2DModel` of diffusers. Raises `ValueError` if `size` cannot be halved often enough."
     from diffusers import UNet2DModel
-    if size % 2**(len(widths)-1): raise ValueError(f"a side of {size} pixels cannot be halved {len(widths)-1} times")
+    if size % 2**(len(widths)-1):
+        raise ValueError(f"a side of {size} pixels cannot be halved {len(widths)-1} times")
     return UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=tuple(widths),
         layers_per_block=layers, dropout=dropout, norm_num_groups=8, add_attention=False,
@@ -104,7 +105,8 @@ def nll_bound(
         noisy = lambda sigma: y + sigma.reshape(-1, 1, 1, 1)*draw()
         total = y.square().sum((1, 2, 3)).double()/(2*sigma_max**2)
         for j in range(draws):
-            sigma = sigma_min*(span*(j + torch.rand(n, generator=g, dtype=torch.float32))/draws).exp().to(device)
+            u = j + torch.rand(n, generator=g, dtype=torch.float32)
+            sigma = sigma_min*(span*u/draws).exp().to(device)
             error = denoiser(noisy(sigma), sigma).clamp(-1, 1) - y
             total += span/draws*error.square().sum((1, 2, 3)).double()/sigma**2
         last = noisy(torch.full((n,), sigma_min, device=device, dtype=torch.float32))

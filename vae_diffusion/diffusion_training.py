@@ -101,7 +101,8 @@ class TrainingState:
             try: self.run(x)
             except Exception as e:
                 if self.denoiser.net is self.net: raise
-                print(f"Compiling failed, training goes on without: {type(e).__name__}: {str(e)[:500]}", flush=True)
+                why = f"{type(e).__name__}: {str(e)[:500]}"
+                print(f"Compiling failed, training goes on without: {why}", flush=True)
                 self.denoiser, self.run = Denoiser(self.net, r.sigma_data, self.autocast), self.plain
                 self.seed()
                 self.run(x)
@@ -117,7 +118,8 @@ class TrainingState:
         "Return the mean loss since the last point of the curve. Raises `ProjectError` if it is not finite."
         mean = self.total.item()/self.counted
         if not math.isfinite(mean): raise ProjectError(
-            f"The loss became {mean} between images {self.images - self.counted*self.recipe.batch} and {self.images}. "
+            f"The loss became {mean} between images {self.images - self.counted*self.recipe.batch} "
+            f"and {self.images}. "
             "Lower lr, increase warmup_images, or use precision float32; then train in a new folder.")
         return mean
 
@@ -160,12 +162,12 @@ def load_state(
     moments, (group,) = {}, state.adam.param_groups
     for k, v in part("adam").items():
         i, name = k.split(".")
-        if v.ndim: v = torch.empty_like(group["params"][int(i)]).copy_(v) # in the memory format of the weights
+        if v.ndim: v = torch.empty_like(group["params"][int(i)]).copy_(v) # in the weights' memory format
         moments.setdefault(int(i), {})[name] = v
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
     for i, m in enumerate(state.muon.averages): m.copy_(tensors[f"muon.{i}"])
     state.total.copy_(tensors["total"])
-    state.steps, state.counted, state.seconds, state.curve = (note[k] for k in ("steps", "counted", "seconds", "curve"))
+    for name in ("steps", "counted", "seconds", "curve"): setattr(state, name, note[name])
 
 # %% ../nbs/method/08_diffusion_training.ipynb #cell042
 def training_identity(
@@ -191,7 +193,7 @@ def _resume(net, images, levels, recipe, images_seen, path):
     return state, config
 
 def _log(state, evaluate, bar):
-    "Add a point to the curve, with the evaluation of the averaged network, and show the loss in the progress bar."
+    "Add a point to the curve, with the evaluation of the averaged network; show the loss in the bar."
     state.log(evaluate(state.ema) if evaluate else {})
     bar.set_postfix(loss=f"{state.curve[-1]['loss']:.4f}")
 
@@ -207,11 +209,14 @@ def train(
     evaluate=None, # averaged network -> dict of further columns, called at each point of the curve
     progress: bool=True, # show a progress bar
     of: int=0, # images of the whole training if this call is a part of it, for the message of a stop
-): # -> averaged UNet2DModel, curve: a list of {"images", "loss", "seconds" of GPU or processor time so far, ...}
-    "Train a diffusion model, resuming from `folder`. Raises as `load_state`, `TrainingState.log` and `check_levels`."
+): # -> averaged UNet2DModel, curve: dicts of "images", "loss", "seconds" of GPU or processor time, ...
+    """Train a diffusion model, resuming from `folder`.
+
+    Raises as `load_state`, `TrainingState.log` and `check_levels`.
+    """
     check_levels(images, levels)
     path, device = Path(folder)/"checkpoint.safetensors", next(net.parameters()).device
-    clock = time.monotonic if device.type == "cuda" else time.process_time # other work on the machine does not count
+    clock = time.monotonic if device.type == "cuda" else time.process_time # which leaves out other work
     state, config = _resume(net, images, levels, recipe, images_seen, path)
     images = images.to(device)
     with (stopping.stoppable(lambda: (state.images, of or images_seen, "images")) as asked,

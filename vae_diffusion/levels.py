@@ -26,17 +26,18 @@ def check_unit(
     x: torch.Tensor, # images: floating point in [0,1], any shape
     levels: int=None, # how many values a pixel can take, 2..256; None: continuous
 ):
-    "Raise `TypeError` unless `x` is floating point, and `ValueError` for a value outside [0,1] or between two levels."
+    "Raise `TypeError` unless `x` is floating point, `ValueError` for values outside [0,1] or between levels."
     if not x.is_floating_point():
-        raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: convert levels with to_unit")
+        raise TypeError(f"images must be floating point in [0,1], found {x.dtype}: "
+                        "convert levels with to_unit")
     if not x.numel(): return
     low, high = (t.item() for t in x.detach().aminmax())
     if not 0 <= low <= high <= 1:
         raise ValueError(f"images must lie in [0,1], found values from {low:.4g} to {high:.4g}: "
                          "convert levels with to_unit, and images in [-1,1] with (x + 1)/2")
     if levels and ((k := x.detach()*(levels-1)) - k.round()).abs().max() > 1e-3:
-        raise ValueError(f"images of {levels} levels must hold multiples of 1/{levels-1}, found values in between: "
-                         "round them with to_levels")
+        raise ValueError(f"images of {levels} levels must hold multiples of 1/{levels-1}, "
+                         "found values in between: round them with to_levels")
 
 # %% ../nbs/method/00_levels.ipynb #cell005
 def to_unit(
@@ -53,7 +54,7 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "Round to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, and `ValueError` for NaN."
+    "Round to the nearest level, halves up. Raises `TypeError` for integers, `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
@@ -63,8 +64,9 @@ def pad(
     x: torch.Tensor, # [n,C,H,W]
     size: int, # the new height and width, pixels
 ) -> torch.Tensor: # [n,C,size,size]
-    "Pad images with zeros, centred; an odd pixel goes right and below. Raises `ProjectError` if they do not fit."
+    "Pad images with zeros, centred; an odd pixel goes right and below. Raises `ProjectError` if too large."
     h, w = x.shape[-2:]
-    if size < max(h, w): raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger size")
+    if size < max(h, w):
+        raise ProjectError(f"images of {h}×{w} do not fit in {size}×{size}: choose a larger size")
     left, top = (size-w)//2, (size-h)//2
     return F.pad(x, (left, size-w-left, top, size-h-top))

@@ -16,7 +16,7 @@ from .levels import check_levels, check_unit
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell005
 class Likelihood:
-    "Compute the log-probability of images; a family adds `shape`, `levels`, `log_pixels`, `mean` and `sample`."
+    "Compute the log-probability of images; a family adds `shape`, `levels`, `log_pixels`, `mean`, `sample`."
     levels = None # number of values of a pixel; None: all of [0,1]
     def log_prob(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]; for a discrete family on its levels
@@ -63,7 +63,8 @@ class Binomial(Likelihood):
     def mean(self): return self.logits.sigmoid() # [n,C,H,W]
     def sample(self, generator=None): # [n,C,H,W]
         p = self.mean
-        return sum((draw_noise(torch.rand, self.shape, p, generator) < p).float() for _ in range(self.total))/self.total
+        draws = ((draw_noise(torch.rand, self.shape, p, generator) < p).float() for _ in range(self.total))
+        return sum(draws)/self.total
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell020
 class Bernoulli(Binomial):
@@ -94,7 +95,7 @@ def log_bin_mass(
     log_scale: torch.Tensor, # of the logistic, on [−1,1]
     levels: int, # number of levels
 ) -> torch.Tensor: # nats
-    "Compute the log-mass of a logistic in the bin of level `k`; the edge bins reach to ∓∞ (PixelCNN++, section 2.1)."
+    "Compute a logistic's log-mass in the bin of level `k`; edge bins reach to ∓∞ (PixelCNN++, section 2.1)."
     top, half, precision = levels - 1, 1/(levels - 1), torch.exp(-log_scale)
     lower, width = ((2*k - 1)*half - 1 - mean)*precision, 2*half*precision
     narrow = math.log(2*half) - log_scale - width/2 # log(1−exp(−width)) to second order
@@ -115,7 +116,7 @@ def split_mol(
     channels: int, # C, of the image
     components: int=10, # K, of the mixture
 ): # log-weights [n,K,H,W], means and log-scales [n,C,K,H,W], coefficients [n,C(C−1)/2,K,H,W]
-    "Split a decoder's output into parameters, in float32. Raises `ValueError` if the number of outputs is wrong."
+    "Split a decoder's output into parameters, in float32. Raises `ValueError` if their number is wrong."
     if raw.shape[1] != (expected := mol_outputs(channels, components)):
         raise ValueError(f"{expected} decoder outputs expected, found {raw.shape[1]}")
     raw = raw.float().unflatten(1, (-1, components))
@@ -124,7 +125,7 @@ def split_mol(
 
 # %% ../nbs/method/02_likelihoods.ipynb #cell041
 class MixtureOfLogistics(Likelihood):
-    "Model the channels of a pixel by one mixture of discretised logistics (PixelCNN++, Salimans et al. 2017)."
+    "Model the channels of a pixel by a mixture of discretised logistics (PixelCNN++, Salimans et al. 2017)."
     def __init__(self,
         raw: torch.Tensor, # [n,n_out,H,W]: logits, means, log-scales, coefficients before tanh
         channels: int, # C, of the image
@@ -178,13 +179,15 @@ class Family:
         "Raise `ValueError` if the likelihood has another number of levels, or as `levels.check_levels`."
         check_levels(images, levels)
         if self.name != "gaussian" and self.levels != levels:
-            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, but the images have {levels}")
+            raise ValueError(f"the likelihood {self.name} has {self.levels} levels, "
+                             f"but the images have {levels}")
     def __call__(self,
         raw: torch.Tensor, # [n,n_out,H,W], of any floating type
     ) -> Likelihood: # of images [n,C,H,W], in float32
         "Make the distribution that `raw` describes. Raises `ValueError` if its shape is wrong."
         if raw.ndim != 4 or raw.shape[1] != self.n_out:
-            raise ValueError(f"{self.name} needs decoder outputs [n,{self.n_out},H,W], found {list(raw.shape)}")
+            raise ValueError(f"{self.name} needs decoder outputs [n,{self.n_out},H,W], "
+                             f"found {list(raw.shape)}")
         match self.name:
             case "bernoulli": return Bernoulli(raw)
             case "binomial": return Binomial(raw, self.levels)
@@ -199,8 +202,10 @@ def family(
     sigma: float=0.1, # of the Gaussian, in the unit of 2x−1
     components: int=10, # K, of the mixture of logistics
 ) -> Family:
-    "Make a family by name. Raises `ProjectError` if the name is unknown or does not fit the number of levels."
-    if name not in names: raise ProjectError(f"no likelihood is named {name!r}. Choose one of {', '.join(names)}.")
+    "Make a family by name. Raises `ProjectError` for an unknown name, or one that does not fit the levels."
+    if name not in names:
+        raise ProjectError(f"no likelihood is named {name!r}. Choose one of {', '.join(names)}.")
     if name == "bernoulli" and levels != 2:
-        raise ProjectError(f"bernoulli has 2 levels, but the data has {levels}. Choose one of {', '.join(names[1:])}.")
+        raise ProjectError(f"bernoulli has 2 levels, but the data has {levels}. "
+                           f"Choose one of {', '.join(names[1:])}.")
     return Family(name, channels, levels, sigma, components)

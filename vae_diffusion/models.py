@@ -54,11 +54,12 @@ class VAE(nn.Module):
     def encode(self,
         x: torch.Tensor, # [n,C,H,W] in [0,1]
     ) -> Normal: # [n,L,...], float32
-        "Compute q(z|x). Raises `ValueError` if the encoder's output cannot be halved, or as `levels.check_unit`."
+        "Compute q(z|x). Raises `ValueError` if the output cannot be halved, or as `levels.check_unit`."
         if self.checks: check_unit(x)
         out = self._apply_network(self.encoder, x)
         if out.shape[1] % 2:
-            raise ValueError(f"an encoder must return means and scales, but this one returns {out.shape[1]} channels")
+            raise ValueError(
+                f"an encoder must return means and scales, but this one returns {out.shape[1]} channels")
         loc, raw = out.chunk(2, 1)
         return Normal(loc, softplus(raw) + 1e-6, validate_args=False)
     def decode(self,
@@ -79,7 +80,7 @@ class VAE(nn.Module):
         q: Normal=None, # [n,L,...], used instead of `encode(x)`
         eps: torch.Tensor=None, # [samples,n,L,...] standard normal, used instead of new draws
     ) -> torch.Tensor: # [n], nats
-        "Estimate the ELBO of each image, from samples of z and the exact KL. Raises as `encode`, `log_likelihood`."
+        "Estimate the ELBO of each image, with the exact KL. Raises as `encode` and `log_likelihood`."
         if q is None: q = self.encode(x)
         z = [rsample(q, generator) for _ in range(samples)] if eps is None else q.loc + q.scale*eps
         return sum(self.log_likelihood(x, z) for z in z)/len(z) - self.kl(q)
@@ -90,7 +91,8 @@ class VAE(nn.Module):
     ) -> Likelihood: # its `mean` or `sample()` are images
         "Compute p(x|z) for n samples z of the prior. Raises `ValueError` if `latent_shape` is not known."
         if self.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to generate from it")
-        return self.decode(draw_noise(torch.randn, (n, *self.latent_shape), next(self.parameters()), generator))
+        z = draw_noise(torch.randn, (n, *self.latent_shape), next(self.parameters()), generator)
+        return self.decode(z)
 
 # %% ../nbs/method/03_models.ipynb #4c19e2b3
 @contextmanager
@@ -169,12 +171,14 @@ def residual(
     nc: int=256, # channels of the hidden layers
     mz: int=1, # channels of the latent, on a grid of H/4 × W/4
 ) -> VAE:
-    "Make the residual VAE of the paper's CIFAR-10 experiments. Raises `ProjectError` if 4 does not divide H and W."
+    "Make the residual VAE of the paper's CIFAR-10. Raises `ProjectError` if 4 does not divide H and W."
     c, h, w = shape
     if h % 4 or w % 4: raise ProjectError(
-        f"the residual network needs sides that are divisible by 4, not {h}×{w}: pad the images to a multiple of 4")
+        f"the residual network needs sides that are divisible by 4, not {h}×{w}: "
+        "pad the images to a multiple of 4")
     encoder = nn.Sequential(
-        *downsample(c, nc), nn.ReLU(), *downsample(nc, nc), Residual(nc), Residual(nc), nn.Conv2d(nc, 2*mz, 1))
+        *downsample(c, nc), nn.ReLU(), *downsample(nc, nc), Residual(nc), Residual(nc),
+        nn.Conv2d(nc, 2*mz, 1))
     decoder = nn.Sequential(
         nn.Conv2d(mz, nc, 1, bias=False), nn.BatchNorm2d(nc), Residual(nc), Residual(nc),
         *upsample(nc, nc), *upsample(nc, nc), nn.Conv2d(nc, family.n_out, 1))

@@ -33,7 +33,8 @@ class FixedNoiseScheduler(EDMDPMSolverMultistepScheduler):
     def dpm_solver_first_order_update(self, model_output, sample, noise=None):
         return super().dpm_solver_first_order_update(model_output, sample, self.noise[self.step_index])
     def multistep_dpm_solver_second_order_update(self, model_outputs, sample, noise=None):
-        return super().multistep_dpm_solver_second_order_update(model_outputs, sample, self.noise[self.step_index])
+        noise = self.noise[self.step_index]
+        return super().multistep_dpm_solver_second_order_update(model_outputs, sample, noise)
 
 def draw_step_noise(
     generator, # a `torch.Generator`, or a list with one per image; None is torch's own
@@ -44,7 +45,8 @@ def draw_step_noise(
     if not isinstance(generator, list):
         return torch.stack([randn_tensor(x.shape, generator, x.device, x.dtype) for _ in range(steps)], 1)
     def draw(g, shape=x.shape[1:]):
-        return torch.stack([torch.randn(shape, generator=g, device=g.device, dtype=x.dtype) for _ in range(steps)])
+        how = dict(generator=g, device=g.device, dtype=x.dtype)
+        return torch.stack([torch.randn(shape, **how) for _ in range(steps)])
     with ThreadPoolExecutor() as pool: return torch.stack([*pool.map(draw, generator)]).to(x.device)
 
 # %% ../nbs/method/10_pipelines.ipynb #fast3
@@ -62,8 +64,9 @@ class CompiledPipeline(EDMPipeline):
         return torch.cat([self.part(p) for p in noise.split(self.batch)])
 
     def make(self, scheduler, solver, steps, device, autocast):
-        "Prepare `run`, which turns noise into images in place, and `plain`, which does so without compilation."
-        scheduler = FixedNoiseScheduler.from_config(scheduler.config) if solver == "stochastic" else copy(scheduler)
+        "Prepare `run`, which turns noise into images in place, and `plain`, which does so uncompiled."
+        scheduler = copy(scheduler)
+        if solver == "stochastic": scheduler = FixedNoiseScheduler.from_config(scheduler.config)
         scheduler.set_timesteps(steps, device=device)
         unused = torch.Generator(device) # for noise that the scheduler draws and does not add
         def all_steps(net):
@@ -84,7 +87,8 @@ class CompiledPipeline(EDMPipeline):
         if self.run is not self.plain:
             try: return self.run(pad(x, (0, 0)*4 + (0, self.batch - len(x))))[:len(x), 0].clone()
             except Exception as e:
-                print(f"Compiling failed, sampling goes on without: {type(e).__name__}: {str(e)[:500]}", flush=True)
+                why = f"{type(e).__name__}: {str(e)[:500]}"
+                print(f"Compiling failed, sampling goes on without: {why}", flush=True)
                 self.run = self.plain
         return self.plain(x.clone())[:, 0]
 
@@ -120,9 +124,9 @@ pipe = DiffusionPipeline.from_pretrained(".", custom_pipeline="pipeline", trust_
 pipe(batch_size=8, num_inference_steps=18).images
 ```
 
-Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretrained(".")` does the same. The U-Net and
-the scheduler can also be loaded on their own, with `UNet2DModel` and `EDMDPMSolverMultistepScheduler` of diffusers
-(`subfolder="unet"`, `subfolder="scheduler"`).
+Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretrained(".")` does the same. The
+U-Net and the scheduler can also be loaded on their own, with `UNet2DModel` and
+`EDMDPMSolverMultistepScheduler` of diffusers (`subfolder="unet"`, `subfolder="scheduler"`).
 """
 
 # %% ../nbs/method/10_pipelines.ipynb #7f0202cf
@@ -130,7 +134,8 @@ def pipeline_code() -> str: # Python
     "Collect the source of `EDMPipeline` and its helpers in one file that requires only diffusers."
     from vae_diffusion import sampling # the module, because a class defined in a notebook has no source
     parts = [ProjectError, digest, float32, to_levels, diffusion.preconditioning, Denoiser,
-             sampling.heun, sampling.dpm_multistep, sampling.stochastic_scheduler, sampling.solve, sampling.EDMPipeline]
+             sampling.heun, sampling.dpm_multistep, sampling.stochastic_scheduler, sampling.solve,
+             sampling.EDMPipeline]
     return f'''"{sampling.EDMPipeline.__doc__}"
 import hashlib, json, torch
 from contextlib import contextmanager
@@ -164,12 +169,14 @@ def load_pipeline(
     "Load a model. Raises `ProjectError` if it is missing or damaged."
     folder = Path(folder)
     if not (folder/"model_index.json").exists(): raise ProjectError(
-        f"{folder} holds no diffusion model. Train it with the train_diffusion notebook, or restore it from git.")
+        f"{folder} holds no diffusion model. "
+        "Train it with the train_diffusion notebook, or restore it from git.")
     files.verify_folder(folder)
     try:
         net = UNet2DModel.from_pretrained(folder/"unet", low_cpu_mem_usage=False, dtype=torch.float32)
         scheduler = EDMDPMSolverMultistepScheduler.from_pretrained(folder/"scheduler")
-        kind, levels = CompiledPipeline if compiled else EDMPipeline, EDMPipeline.load_config(folder)["levels"]
+        levels = EDMPipeline.load_config(folder)["levels"]
+        kind = CompiledPipeline if compiled else EDMPipeline
         pipe = kind(net, scheduler, levels).to(device)
     except Exception as e: raise ProjectError(
         f"{folder} cannot be read ({type(e).__name__}: {e}). "

@@ -47,7 +47,7 @@ class Recipe:
     "Hold the parameters of the training of a diffusion model."
     batch: int=512 # images per step
     lr: float=1e-3 # step size of Adam
-    muon_lr: float=0. # step size of Muon, for the weights between the first and the last layer; 0: Adam for all
+    muon_lr: float=0. # step size of Muon, for weights between the first and last layer; 0: Adam for all
     warmup_images: int=10_000_000 # over which the step size rises linearly from 0
     decay_images: int=0 # after which the step size falls as 1/√(images seen); 0: never
     ema_halflife_images: int=500_000 # of the moving average
@@ -62,5 +62,6 @@ def learning_rate(
     r: Recipe, # of the run
     images: int, # seen so far, the next batch included
 ) -> float: # Adam's step size
-    "Compute the step size, with warm-up and inverse square root decay: Karras et al. 2024 (arXiv 2312.02696), eq. 67."
-    return r.lr*min(images/max(r.warmup_images, 1), 1)/max(images/r.decay_images if r.decay_images else 1, 1)**.5
+    "Compute the step size, with warm-up and inverse square root decay (Karras et al. 2024, eq. 67)."
+    warmup = min(images/max(r.warmup_images, 1), 1)
+    return r.lr*warmup/max(images/r.decay_images if r.decay_images else 1, 1)**.5

@@ -18,7 +18,7 @@ from .levels import pad, to_levels, to_unit
 
 # %% ../nbs/method/12_sources.ipynb #cell005
 class ShuffledSource:
-    "Pass over a fixed set of images again and again, each time in a new order. Raises `ValueError` if there are none."
+    "Pass over a set of images again and again, each time in a new order. Raises `ValueError` if it is empty."
     def __init__(
         self,
         images, # uint8 [N,C,H,W], a tensor or anything that an integer tensor can index, such as a bank
@@ -37,7 +37,8 @@ class ShuffledSource:
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W], images `start` to `start+n` of the stream
         "Return the images at positions `start` to `start+n`. Raises `ValueError` if `start` < 0 or `n` < 1."
         if start < 0 or n < 1:
-            raise ValueError(f"a stream begins at 0 and a batch holds at least one image, not start={start}, n={n}")
+            raise ValueError(
+                f"a stream begins at 0 and a batch holds at least one image, not start={start}, n={n}")
         N, parts = len(self.images), []
         while n:
             i, at = divmod(start, N)
@@ -58,7 +59,7 @@ class AugmentedSource:
         self.source, self.policy, self.levels, self.seed = source, policy, levels, seed
 
     def batch(self, start: int, n: int): # -> uint8 [n,C,H,W]
-        "Return the images at positions `start` to `start+n`, transformed with random numbers seeded by `start`."
+        "Return the images at `start` to `start+n`, transformed with random numbers seeded by `start`."
         x = self.source.batch(start, n)
         g = generator("augment", self.seed, start, device=x.device)
         return to_levels(self.policy(to_unit(x, self.levels), g), self.levels)
@@ -83,14 +84,16 @@ class MixedSource:
 
 # %% ../nbs/method/12_sources.ipynb #cell017
 class PaddedSubset:
-    "Read the first `n` images of a bank, padded with zeros like the data set; indexed as in `batches.row_indices`."
+    "Read the first `n` images of a bank, padded like the data set; indexed as in `batches.row_indices`."
     def __init__(self,
         images, # uint8 [≥ n,C,H,W], such as a bank
         n, # number of images used
         side, # height and width after padding, pixels
     ): self.images, self.n, self.side = images, n, side
     def __len__(self): return self.n
-    def __getitem__(self, index): return pad(self.images[torch.from_numpy(row_indices(index, self.n))], self.side)
+    def __getitem__(self, index):
+        rows = torch.from_numpy(row_indices(index, self.n))
+        return pad(self.images[rows], self.side)
 
 # %% ../nbs/method/12_sources.ipynb #registry1
 @dataclass(frozen=True)
@@ -155,13 +158,14 @@ def training_source(
 ):
     """Make the training source of a method.
 
-    Raises `ProjectError` for an unknown method, a bank that is too small, or a strength that does not suit."""
+    Raises `ProjectError` for an unknown method, too small a bank, or a strength that does not suit."""
     if method not in METHODS:
         raise ProjectError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
     samples = None
     if METHODS[method].draws_on_bank:
         need, found = k*len(dataset.train), 0 if bank is None else len(bank)
         if found < need: raise ProjectError(
-            f"{method} with k={k} needs {need} samples, but the bank holds {found}: draw more samples, or lower k")
+            f"{method} with k={k} needs {need} samples, but the bank holds {found}: "
+            "draw more samples, or lower k")
         samples = PaddedSubset(bank, need, dataset.shape[-1])
     return METHODS[method].source(dataset, seed, samples, strength)

@@ -27,14 +27,14 @@ class Fit:
     step: int=0 # steps done
     seconds: float=0. # time that these took
     losses: list=field(default_factory=list) # of the steps since the last evaluation, nats per image
-    curve: list=field(default_factory=list) # a dict per evaluated epoch: epoch, loss, seconds, results of `evaluate`
+    curve: list=field(default_factory=list) # of evaluated epochs, dicts: epoch, loss, seconds, `evaluate`'s
     best_epoch: int=0 # the evaluated epoch with the highest validation or test ELBO, 0 if none was measured
     best: dict=field(default_factory=dict) # the weights at that epoch
 
     def record(self,
         epoch, # effective epochs done
         vae, # `models.VAE`
-        numbers, # dict of what was measured; `elbo_valid` decides, in its absence `elbo_test`, in nats per image
+        numbers, # dict of what was measured, in nats per image; `elbo_valid` decides, without it `elbo_test`
     ):
         "Add a point to the curve, and keep the weights if they are the best so far."
         decides = "elbo_valid" if "elbo_valid" in numbers else "elbo_test"
@@ -59,7 +59,7 @@ class Member:
     def load(self,
         lr: float, # Adam's step size
     ):
-        "Make optimiser and state, from the checkpoint if there is one. Raises `ProjectError` if it is another run's."
+        "Make optimiser and state, from the checkpoint if it exists. Raises `ProjectError` for another run's."
         self.opt, self.state = Adam(self.vae.parameters(), lr), Fit()
         if self.vae.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to train it")
         self.file = self.folder and Path(self.folder)/"checkpoint.safetensors"
@@ -109,18 +109,19 @@ def load_block(
 
 # %% ../nbs/method/14_training.ipynb #cell034
 def _check(losses, step, n_train, batch, members):
-    "Return the losses of each member up to `step` as numbers. Raises `ProjectError` if one of them is not finite."
+    "Return the losses of each member up to `step` as numbers. Raises `ProjectError` if one is not finite."
     values = torch.stack(losses).reshape(len(losses), -1).T.tolist()
     for m, own in zip(members, values):
         for i, v in enumerate(own, step - len(own) + 1):
             if not math.isfinite(v):
                 name = f" of run {m.run}" if m.run else ""
-                raise ProjectError(f"the loss{name} is {v} at step {i} (effective epoch {i*batch/n_train:.2f}): "
-                                   "lower the learning rate and start again; the last good checkpoint is kept")
+                raise ProjectError(
+                    f"the loss{name} is {v} at step {i} (effective epoch {i*batch/n_train:.2f}): "
+                    "lower the learning rate and start again; the last good checkpoint is kept")
     return values
 
 def _record_losses(group, losses, start, n_train, batch):
-    "Add the losses of steps begun at time `start`, and the time, to the state of each member. Raises as `_check`."
+    "Add the losses of steps begun at `start`, and their time, to each member's state. Raises as `_check`."
     for m, own in zip(group, _check(losses, group[0].state.step + len(losses), n_train, batch, group)):
         m.state.step += len(own)
         m.state.losses += own
@@ -156,7 +157,8 @@ def _train_block(step, blocks, low, stop, rate):
     "Make the steps from `low` to `stop` or the end of the block, and return the losses before each."
     (i, first), losses = divmod(low, BLOCK_STEPS), []
     with matmul_precision("medium"):
-        for x, eps in blocks.get(i)[first:first + stop - low]: losses.append(step(x, eps, rate(low + len(losses))))
+        for x, eps in blocks.get(i)[first:first + stop - low]:
+            losses.append(step(x, eps, rate(low + len(losses))))
     return losses
 
 def _measure_members(members, epoch, snapshot_epochs, bar):
@@ -180,7 +182,10 @@ def fit_stack(
     decay: bool=False, # let the step size fall linearly to 0 at the last step
     progress: bool=True, # show a progress bar
 ) -> list: # of `Fit`
-    "Maximise the ELBO of each member, resuming from its folder; members that are behind go first. Raises as `fit`."
+    """Maximise the ELBO of each member, resuming from its folder; members that are behind go first.
+
+    Raises as `fit`.
+    """
     for m in members: m.load(lr)
     states, vaes, group, saved = [m.state for m in members], [m.vae for m in members], None, time.monotonic()
     done = lambda epoch: -(-epoch*n_train//batch)
@@ -230,9 +235,9 @@ def fit(
 ) -> Fit:
     """Maximise the ELBO, resuming from `folder`.
 
-    Raises `ProjectError` for a loss that is not finite or the checkpoint of another run, `ValueError` if the VAE does
-    not know its `latent_shape`, or as `Family.check`.
+    Raises `ProjectError` for a loss that is not finite or the checkpoint of another run, `ValueError` if the
+    VAE does not know its `latent_shape`, or as `Family.check`.
     """
     member = Member(vae, source, seed, evaluate, folder, run)
-    return fit_stack([member], n_train, levels, epochs, batch, lr, eval_epochs, snapshot_epochs, checkpoint_seconds,
-                     compile, decay, progress)[0]
+    return fit_stack([member], n_train, levels, epochs, batch, lr, eval_epochs, snapshot_epochs,
+                     checkpoint_seconds, compile, decay, progress)[0]

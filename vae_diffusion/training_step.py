@@ -40,7 +40,8 @@ class Adam:
 
     def state(self): # name -> tensor, the tensors themselves
         "Return the moments and the numbers of steps, for a checkpoint."
-        return {f"adam.{i}.{name}": t for name in ("m", "v", "steps") for i, t in enumerate(getattr(self, name))}
+        return {f"adam.{i}.{name}": t
+                for name in ("m", "v", "steps") for i, t in enumerate(getattr(self, name))}
 
 # %% ../nbs/method/13_training_step.ipynb #cell025
 def elbo_gradients(
@@ -107,7 +108,8 @@ def stack_tensors(lists) -> list: # of stacks [M,...]
 def collect_state(members) -> tuple: # parameters and buffers by name, Adam
     "Collect what a step changes: parameters, buffers and optimiser, stacked if there are several members."
     vae, opts = members[0].vae, [m.opt for m in members]
-    if len(members) == 1: return {n: p.detach() for n, p in vae.named_parameters()}, dict(vae.named_buffers()), *opts
+    if len(members) == 1:
+        return {n: p.detach() for n, p in vae.named_parameters()}, dict(vae.named_buffers()), *opts
     params = dict(zip(dict(vae.named_parameters()), stack_tensors([m.vae.parameters() for m in members])))
     buffers = dict(zip(dict(vae.named_buffers()), stack_tensors([m.vae.buffers() for m in members])))
     opt = Adam(params.values(), opts[0].lr)
@@ -139,5 +141,6 @@ def make_step(members, levels, compile): # as in `training.fit_stack`; all membe
     def step(x, eps, lr):
         opt.lr = lr
         if not compile: return (alone if len(members) == 1 else stacked)(x, eps)
-        return run(vae, params, buffers, opt, opt.next(), levels, x, eps).clone() # CUDA graphs reuse its memory
+        loss = run(vae, params, buffers, opt, opt.next(), levels, x, eps)
+        return loss.clone() # because CUDA graphs reuse its memory
     return step

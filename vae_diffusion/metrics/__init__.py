@@ -18,9 +18,9 @@ from .robustness import attack, robustness_gap, compare_attacked, RobustnessGap
 from .sample_quality import two_sample_test, frechet_distance, nearest_neighbours
 
 # %% ../../nbs/metrics/06_metrics.ipynb #0851fee4
-_all_ = ["Interval", "bootstrap", "student_interval", "ms_ssim", "elbo", "iwae", "generalization_gap", "evaluating",
-    "amortization_gap", "AmortizationGap", "attack", "robustness_gap", "compare_attacked", "RobustnessGap",
-    "two_sample_test", "frechet_distance", "nearest_neighbours"]
+_all_ = ["Interval", "bootstrap", "student_interval", "ms_ssim", "elbo", "iwae", "generalization_gap",
+    "evaluating", "amortization_gap", "AmortizationGap", "attack", "robustness_gap", "compare_attacked",
+    "RobustnessGap", "two_sample_test", "frechet_distance", "nearest_neighbours"]
 
 # %% ../../nbs/metrics/06_metrics.ipynb #metreg2
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Metric:
     margin: float=1. # a smaller difference does not matter
     drawn: bool=True # whether figures have a panel for it, and the claims a row
     stage: str="measure_gaps" # the experiment that measures it: train_vae or measure_gaps
-    measure: Callable=None # (vae, test images uint8 [n,C,H,W], levels) -> [n]; None: the experiment has its own cell
+    measure: Callable=None # (vae, test images uint8 [n,C,H,W], levels) -> [n]; None: the experiment does it
 
 # %% ../../nbs/metrics/06_metrics.ipynb #metreg3
 METRICS = {

@@ -25,7 +25,7 @@ class AmortizationGap:
     "Hold the result of `amortization_gap`, on the CPU."
     elbo_q: torch.Tensor # float64 [N], nats, with the encoder's q
     elbo_star: torch.Tensor # float64 [N], nats, with q*
-    trace: torch.Tensor # float64 [steps,2], nats: mean ELBO during the search, from the encoder and from the prior
+    trace: torch.Tensor # float64 [steps,2], nats: mean ELBO of the search, from encoder and from prior
     from_prior: torch.Tensor # bool [N], whether the search from the prior ended better
     @property
     def gap(self): # float64 [N], nats; G_a is its mean
@@ -46,7 +46,7 @@ def candidate_elbo(
     scale = (log_var/2).exp()
     z = mean + scale*eps[:, None]
     likelihood = vae.log_likelihood(x.expand(k, m, *x.shape).flatten(0, 2), z.flatten(0, 2)).view(k, m, n)
-    ratio = (((z - mean.detach())/scale.detach())**2 - z**2 + log_var.detach())/2 # log p(z)/q(z), q held constant
+    ratio = (((z - mean.detach())/scale.detach())**2 - z**2 + log_var.detach())/2 # log p(z)/q(z), q constant
     return (likelihood.double() + ratio.double().flatten(3).sum(3)).mean(0)
 
 # %% ../../nbs/metrics/03_amortization.ipynb #cell029
@@ -62,7 +62,8 @@ def fit_posteriors(
 ) -> tuple: # mean and log-variance [2,n,L,...], trace [steps,2,n]
     "Fit a factorised Gaussian to each image, from the encoder's output (first) and from the prior (second)."
     zero = torch.zeros_like(q.loc)
-    starts = [[t.clone().requires_grad_() for t in start] for start in ((q.loc, 2*q.scale.log()), (zero, zero))]
+    starts = (q.loc, 2*q.scale.log()), (zero, zero)
+    starts = [[t.clone().requires_grad_() for t in start] for start in starts]
     adam = torch.optim.Adam([{"params": p, "lr": lr*f} for p, f in zip(starts, (1, 4))], betas=(.9, .99))
     schedule, trace = torch.optim.lr_scheduler.CosineAnnealingLR(adam, steps), []
     for _ in range(steps):

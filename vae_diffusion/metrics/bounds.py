@@ -24,7 +24,7 @@ from ..models import unchecked
 def evaluating(
     vae, # a `models.VAE`, yielded
 ):
-    "Use evaluation mode, frozen parameters and float32 networks inside the block; restore each module afterwards."
+    "Use evaluation mode, frozen parameters and float32 networks in the block; restore modules afterwards."
     modes = [(m, m.training) for m in vae.modules()]
     grads = [(p, p.requires_grad) for p in vae.parameters()]
     autocast, vae.autocast = vae.autocast, None
@@ -41,7 +41,7 @@ def batch_size_for(
     images, # [N,C,H,W]
     copies: int=1, # latents per image in one pass
 ) -> int: # images per pass, 1 to 1000
-    "Return how many images have 2²³ decoder outputs. On a CPU, a larger batch no longer fits the cache and is slower."
+    "Return how many images have 2²³ decoder outputs; on a CPU, more no longer fit the cache and are slower."
     return max(1, min(1000, 2**23//(copies*vae.family.n_out*math.prod(images.shape[2:]))))
 
 # %% ../../nbs/metrics/02_bounds.ipynb #f8c8ec99
@@ -108,7 +108,7 @@ def iwae(
     seed: int=0, # of the evaluation noise, the same stream as `elbo`'s
     file=None, # where an interrupted measurement is stored; None: nowhere
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "Compute the importance-weighted bound of each image (Burda et al. 2016, eq. 8). Raises as `Family.check`."
+    "Compute each image's importance-weighted bound (Burda et al. 2016, eq. 8). Raises as `Family.check`."
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)

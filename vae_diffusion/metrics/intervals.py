@@ -26,7 +26,8 @@ def resample_means(
     g: torch.Generator, # of the indices
 ) -> torch.Tensor: # float64 [n]
     "Return the means of n resamples of `values`, drawn with replacement."
-    return torch.stack([values[torch.randint(len(values), values.shape, generator=g)].mean() for _ in range(n)])
+    draws = (torch.randint(len(values), values.shape, generator=g) for _ in range(n))
+    return torch.stack([values[draw].mean() for draw in draws])
 
 # %% ../../nbs/metrics/00_intervals.ipynb #bad4752a
 def percentile_interval(
@@ -45,7 +46,7 @@ def bootstrap(
     seed: int=0, # of the resampling
     level: float=.95, # confidence level in (0,1)
 ) -> Interval:
-    "Compute the mean over images with its bootstrap interval. For two methods on the same images: `bootstrap(a - b)`."
+    "Compute the mean over images with its bootstrap interval. For two methods: `bootstrap(a - b)`."
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
     return percentile_interval(values.mean(), resample_means(values, n, generator("bootstrap", seed)), level)
 

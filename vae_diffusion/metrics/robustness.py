@@ -43,7 +43,8 @@ class Plateau:
     ):
         "Record the losses of a step."
         better = loss < self.best*(1 - 1e-4)
-        self.best, self.bad = torch.where(better, loss.double(), self.best), torch.where(better, 0, self.bad + 1)
+        self.best = torch.where(better, loss.double(), self.best)
+        self.bad = torch.where(better, 0, self.bad + 1)
         stalled = self.bad > self.patience
         self.lr, self.bad = torch.where(stalled, self.lr/2, self.lr), torch.where(stalled, 0, self.bad)
     @property
@@ -80,7 +81,7 @@ def gradient_ascent(
     pixels=(0, 1), # as of `project_linf`
     file=None, # where an interrupted search is stored; None: nowhere
 ): # [m,C,H,W] twice
-    "Return each row's best and last iterate. The first gradient is taken at the start itself, even outside the ball."
+    "Return each row's best and last iterate; the first gradient is at the start, even outside the ball."
     with torch.no_grad(): q = vae.encode(x)
     best = project_linf(x, shift, delta, pixels)
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
@@ -111,14 +112,15 @@ def attack(
     own_range: bool=False, # keep each attacked image between its image's lowest and highest pixel
     file=None, # where an interrupted search is stored; None: nowhere
 ) -> Attack:
-    "Attack the encoder (Kuzina et al. 2022). Raises `TypeError` or `ValueError` for images that are not in [0,1]."
+    "Attack the encoder (Kuzina et al. 2022). Raises `TypeError` or `ValueError` for images not in [0,1]."
     check_unit(x)
     noise, shape = generator("attack", seed), (len(x), restarts, *x.shape[1:])
     start = .2*torch.randn(shape, generator=noise, dtype=torch.float32).to(x)
     x, start = x.repeat_interleave(restarts, 0), start.flatten(0, 1)
     pixels = (x.amin((1, 2, 3), True), x.amax((1, 2, 3), True)) if own_range else (0, 1)
     with evaluating(vae), unchecked(vae):
-        with matmul_precision("medium"): best, last = gradient_ascent(vae, x, start, steps, lr, delta, pixels, file)
+        with matmul_precision("medium"):
+            best, last = gradient_ascent(vae, x, start, steps, lr, delta, pixels, file)
         with torch.no_grad():
             first = project_linf(x, start, delta, pixels)
             kl_start, kl = (symmetric_kl(vae.encode(y), vae.encode(x)) for y in (first, best))
@@ -127,7 +129,7 @@ def attack(
 # %% ../../nbs/metrics/04_robustness.ipynb #cell053
 @dataclass(frozen=True)
 class RobustnessGap:
-    "Hold the similarities of each image, float64 [n] on the CPU, averaged over restarts, and the gaps they make."
+    "Hold each image's similarities, float64 [n] on the CPU, averaged over restarts, and the gaps they make."
     ms_ssim_input: torch.Tensor # MS-SSIM[x_r, x_a]
     ms_ssim_reconstruction: torch.Tensor # MS-SSIM[x̃_r, x̃_a] of the decoder's means
     ms_ssim_sample: torch.Tensor # the same of samples from the likelihood

@@ -32,7 +32,7 @@ def ssim(
     window: int, # side of the window, pixels
     sigma: float, # of the Gaussian, pixels
 ) -> tuple: # [m], [m]
-    "Compute SSIM and its factor cs per image (Wang et al. 2004, eq. 13). Raises `ValueError` for values outside [0,1]."
+    "Compute SSIM and its factor cs per image (Wang et al. 2004, eq. 13). Raises as `check_unit`."
     for t in x, y: check_unit(t)
     mx, my, xx, yy, xy = gaussian_blur(torch.cat([x, y, x*x, y*y, x*y]), window, sigma).chunk(5)
     cs = (2*(xy - mx*my) + .03**2)/(xx - mx**2 + yy - my**2 + .03**2)
@@ -47,7 +47,7 @@ def ms_ssim(
     sigma: float=1.5, # of the Gaussian, pixels
     kuzina: bool=False, # as the code of Kuzina et al. (2022) computes it, which differs in two points
 ) -> torch.Tensor: # float64 [n], in [0,1]
-    "Compute MS-SSIM (Wang et al. 2003) at any size. Raises `ValueError` for other shapes or values outside [0,1]."
+    "Compute MS-SSIM (Wang et al. 2003) at any size. Raises `ValueError` for two shapes, or as `check_unit`."
     for t in x, y: check_unit(t)
     if x.shape != y.shape:
         raise ValueError(f"both images must have one shape, found {list(x.shape)} and {list(y.shape)}")

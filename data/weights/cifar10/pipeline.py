@@ -31,7 +31,7 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "Round to the nearest level, halves up. Raises `TypeError` unless `x` is floating point, and `ValueError` for NaN."
+    "Round to the nearest level, halves up. Raises `TypeError` for integers, `ValueError` for NaN."
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
@@ -104,7 +104,7 @@ def dpm_multistep(
 
 
 def stochastic_scheduler(scheduler: EDMDPMSolverMultistepScheduler): # -> the same
-    "Make a scheduler with the same noise levels for SDE-DPM-Solver++ (Lu et al. 2022, arXiv 2211.01095, appendix B)."
+    "Make a scheduler with the same noise levels for SDE-DPM-Solver++ (Lu et al. 2022, appendix B)."
     return EDMDPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 
 
@@ -141,11 +141,12 @@ class EDMPipeline(DiffusionPipeline):
         return (self.unet.config.in_channels, self.unet.config.sample_size, self.unet.config.sample_size)
 
     def identity(self) -> dict: # of values that JSON can hold
-        "Return what decides the samples: digest of the weights, configuration of the scheduler, levels and shape."
+        "Return what decides the samples: digest of the weights, scheduler's configuration, levels and shape."
         state = sorted(self.unet.state_dict().items())
         weights = digest(b"".join(k.encode() + v.float().cpu().numpy().tobytes() for k, v in state))
         scheduler = {k: v for k, v in self.scheduler.config.items() if not k.startswith("_")}
-        return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels, "shape": list(self.shape)}
+        return {"weights": weights, "scheduler": scheduler, "levels": self.config.levels,
+                "shape": list(self.shape)}
 
     @torch.no_grad()
     @float32()
@@ -153,12 +154,12 @@ class EDMPipeline(DiffusionPipeline):
         batch_size: int=1, # images
         generator=None, # a `torch.Generator`, or a list with one per image; None is torch's own
         num_inference_steps: int=18, # of the solver
-        output_type: str="pil", # pil; np or pt: float32 in [0,1], [n,H,W,C] or [n,C,H,W]; latent: float64 about [-1,1]
+        output_type: str="pil", # pil; np or pt: float32 in [0,1], channels last or first; latent: float64
         return_dict: bool=True, # return an object with `images` rather than a tuple
-        solver: str="heun", # heun (two evaluations per step, one in the last), multistep or stochastic (one per step)
+        solver: str="heun", # heun (two evaluations per step, one in the last), multistep, stochastic (one)
         precision: str="float32", # in which a network of float32 computes: float32 or bfloat16
     ):
-        "Sample images. Raises `ProjectError` if they are not finite, `ValueError` for an argument out of range."
+        "Sample images. Raises `ProjectError` if they are not finite, `ValueError` for unfit arguments."
         if solver not in ("heun", "multistep", "stochastic"):
             raise ValueError(f"solver {solver!r} is none of heun, multistep, stochastic")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -166,7 +167,8 @@ class EDMPipeline(DiffusionPipeline):
         if precision not in ("float32", "bfloat16"):
             raise ValueError(f"precision {precision!r} is none of float32, bfloat16")
         if min(batch_size, num_inference_steps) < 1:
-            raise ValueError(f"batch_size={batch_size} and num_inference_steps={num_inference_steps} must be positive")
+            raise ValueError(
+                f"batch_size={batch_size} and num_inference_steps={num_inference_steps} must be positive")
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"batch_size={batch_size} does not fit {len(generator)} generators")
         autocast, device = {"float32": None, "bfloat16": torch.bfloat16}[precision], self._execution_device
