@@ -123,7 +123,7 @@ def test_params_are_settings(file):
     assert file.endswith(f"/{names['dataset']}-{names['scale']}.yaml")
 
 
-WIDTH = 120  # columns
+WIDTH, PAGE_WIDTH = 120, 110  # columns; a page is also read in a browser
 CODE = "tests/*.py", "tests/*.toml", "workflow/*", ".ci/run", "Makefile", "vae_diffusion/*.py", "nbs/*.ipynb"
 MADE_BY_NBDEV = "vae_diffusion/_modidx.py"
 QUOTES = re.compile(r"(before|after) = |__all__ = ")  # a line of another file, or what nbdev writes
@@ -143,8 +143,9 @@ def lines_of_code(file):
 
 def test_lines_are_narrow():
     files = [f for pattern in CODE for f in tracked(pattern) if f != MADE_BY_NBDEV]
-    wide = [at for f in files for at, line in lines_of_code(f) if len(line) > WIDTH and not QUOTES.match(line)]
-    assert not wide, f"more than {WIDTH} columns: {', '.join(wide)}"
+    lines = [(at, line, PAGE_WIDTH if f.endswith(".ipynb") else WIDTH) for f in files for at, line in lines_of_code(f)]
+    wide = [at for at, line, width in lines if len(line) > width and not QUOTES.match(line)]
+    assert not wide, f"more than {PAGE_WIDTH} columns in a page, or {WIDTH}: {', '.join(wide)}"
 
 
 VERBS_IN_S = "Pass", "Express", "Compress", "Process", "Access", "Focus", "Discuss"

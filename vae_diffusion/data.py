@@ -89,7 +89,8 @@ class Dataset:
         return self._map(lambda x: pad(x, size))
 
     def _map(self, change):
-        return replace(self, **{part: change(getattr(self, part)) for part in ("train", "test", "valid", "rest")})
+        parts = "train", "test", "valid", "rest"
+        return replace(self, **{part: change(getattr(self, part)) for part in parts})
 
     def subset(self,
         n_train: int=0, # number of training images, 0 for all

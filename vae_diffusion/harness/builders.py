@@ -129,7 +129,7 @@ def weights_folder(settings: Settings) -> Path: # in diffusers' format
     return folder
 
 def require_weights(settings: Settings) -> Path: # as `weights_folder`
-    "Locate the diffusion model that the bank is sampled from; train it first if it is missing. Raises as `require`."
+    "Locate the model that the bank is sampled from, trained first if need be. Raises as `require`."
     kept = settings.dm_seen and snapshot_folders(settings)[settings.dm_seen].exists()
     if settings.weights == "trained" and not kept: require("train_diffusion", settings)
     return weights_folder(settings)

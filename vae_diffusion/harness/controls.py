@@ -19,8 +19,10 @@ from ..metrics.contrasts import holm, p_value
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00005
 SCORES = { # metric -> title of its panel
-    "elbo_test": "test ELBO,\nlast epoch / nats\nbetter →", "elbo_test_best": "test ELBO,\nbest epoch / nats\nbetter →",
-    "generalization_gap": "generalization gap\n/ nats\n← better", "amortization_gap": "amortization gap\n/ nats\n← better"}
+    "elbo_test": "test ELBO,\nlast epoch / nats\nbetter →",
+    "elbo_test_best": "test ELBO,\nbest epoch / nats\nbetter →",
+    "generalization_gap": "generalization gap\n/ nats\n← better",
+    "amortization_gap": "amortization gap\n/ nats\n← better"}
 
 def by_variant(
     table: pd.DataFrame, # tidy results with `variant`
@@ -76,9 +78,10 @@ def variant_differences(
     table: pd.DataFrame, # tidy results with `variant`
     pairs: list, # of (variant, another, metric) or (variant, another, metric, the other's metric)
 ) -> pd.DataFrame: # a row each: variant, against, metric, difference, low, high, p (corrected)
-    "Subtract variants from each other, with 95 % intervals and p-values corrected for all of these comparisons."
+    "Subtract variants from each other, with 95 % intervals and p-values corrected for all of these."
     own = by_variant(table)
-    found = [compare(own, metric, a, b, against_metric=other[0] if other else None) for a, b, metric, *other in pairs]
+    found = [compare(own, metric, a, b, against_metric=next(iter(other), None))
+             for a, b, metric, *other in pairs]
     rows = [[*pair[:3], *c[:3]] for pair, c in zip(pairs, found)]
     t = pd.DataFrame(rows, columns=["variant", "against", "metric", "difference", "low", "high"])
     return t.assign(p=holm([p_value(c) for c in found]))
@@ -93,8 +96,10 @@ def differences_markdown(
     for r in differences.itertuples():
         shown = "open" if r.p >= .05 else "higher" if r.difference > 0 else "lower"
         cell = f"{r.difference:+z.{decimals}f} [{r.low:+z.{decimals}f}, {r.high:+z.{decimals}f}]"
-        rows.append({"": f"{r.variant} minus {r.against}", "of": metrics[r.metric], "difference": cell, "shown": shown})
-    return pd.DataFrame(rows).to_markdown(index=False, disable_numparse=True, colalign=("left", "left", "right", "left"))
+        rows.append([f"{r.variant} minus {r.against}", metrics[r.metric], cell, shown])
+    t = pd.DataFrame(rows, columns=["", "of", "difference", "shown"])
+    align = "left", "left", "right", "left"
+    return t.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00012
 def image_counts(
@@ -111,7 +116,7 @@ def image_counts(
 def worth(
     counts: pd.DataFrame, # from `image_counts`
 ) -> pd.DataFrame: # size of the bank, mean, low, high: real images over |D_train|, and seeds
-    "Find the number of real images with the test ELBO of VAEs trained on samples, by seed, with 95 % intervals."
+    "Find how many real images give the test ELBO of a number of samples, by seed, with 95 % intervals."
     rows, real = [], counts[counts.method == "more_real"]
     for size, bank in counts[counts.method == "dmaapx"].groupby("size"):
         logs = []
@@ -128,12 +133,14 @@ def worth_figure(
     title: str="", # over the figure
 ): # -> `Figure`
     "Draw the test ELBO against the number of images, real ones and samples (higher is better)."
-    rows = [[method, size, *student_interval(v.to_numpy())[:3]] for (method, size), v in counts.groupby(["method", "size"]).value]
+    groups = counts.groupby(["method", "size"]).value
+    rows = [[*of, *student_interval(v.to_numpy())[:3]] for of, v in groups]
     means = pd.DataFrame(rows, columns=["method", "size", "mean", "low", "high"])
     t = pd.concat([means, counts.rename(columns={"value": "seed_value"})], ignore_index=True)
     plot = so.Plot(t, x="size", color="method").add(so.Line(), y="mean", legend=False)
     plot = add_means(plot, "y").scale(x="log", color=COLORS)
-    plot = plot.label(x="images / |D_train|".replace("D_train", "$D_\\mathrm{train}$"), y="test ELBO / nats per image\n(higher is better)")
+    plot = plot.label(x="images / images of the training set",
+                      y="test ELBO / nats per image\n(higher is better)")
     fig = draw_plot(plot, 2.6, title)
     set_log_ticks(fig.axes[0].xaxis, sorted(t["size"].unique()))
     add_key(fig, {"real images": {"color": COLORS["more_real"]}, "samples": {"color": COLORS["dmaapx"]}})

@@ -58,7 +58,8 @@ def require(
 CELLS = { # notebook -> the stages whose parameters it lists, further parameters, and those that it leaves out
     "train_diffusion": ("train_diffusion", "minutes", ""),
     "sample_bank": ("bank", "k ks minutes", ""),
-    "measure_diffusion": ("bank train_vae measure_diffusion", "minutes", "dm_seen n_valid method strength seed epochs"),
+    "measure_diffusion": (
+        "bank train_vae measure_diffusion", "minutes", "dm_seen n_valid method strength seed epochs"),
     "train_vae": ("bank train_vae", "k minutes", ""),
     "measure_gaps": ("bank train_vae measure_gaps", "k minutes", ""),
     "report": ("report", "", "")}

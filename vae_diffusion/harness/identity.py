@@ -50,7 +50,8 @@ def published_weights_digest(settings: Settings) -> str: # of weights, network a
 # %% ../../nbs/harness/01_identity.ipynb #cf5ab9e4
 def reference_settings(settings: Settings) -> Settings:
     "Derive the settings of the VAE that judges samples: trained on real images for a few epochs."
-    return replace(settings, method="normal", strength=0., n_valid=0, seed=0, epochs=settings.quality_vae_epochs)
+    plain = replace(settings, method="normal", strength=0., n_valid=0, seed=0)
+    return replace(plain, epochs=settings.quality_vae_epochs)
 
 # %% ../../nbs/harness/01_identity.ipynb #c0ce1706
 def largest_k(settings: Settings) -> int: # over |D_train|

@@ -242,18 +242,21 @@ def optimizers_figure(
 
 # %% ../../nbs/harness/12_quality_figures.ipynb #ladder02
 LADDER = { # how samples are judged, and what VAEs that were trained on them reach
-    "told": "told from training images:\nshare of samples, ← better", "likely": "ELBO under a VAE of real images:\n"
-    "samples − test images / nats, best: 0", "bound": "bound on log p of training images\n/ nats, better →"}
-REACHED = {"elbo_test": "test ELBO\nhigher is better", "elbo_star_test": "with the best posterior\nhigher is better",
+    "told": "told from training images:\nshare of samples, ← better",
+    "likely": "ELBO under a VAE of real images:\nsamples − test images / nats, best: 0",
+    "bound": "bound on log p of training images\n/ nats, better →"}
+REACHED = {"elbo_test": "test ELBO\nhigher is better",
+           "elbo_star_test": "with the best posterior\nhigher is better",
            "amortization_gap": "amortization gap\nlower is better"}
 
 def ladder(
-    table, # tidy results of the diffusion model, and of VAEs on its banks with `variant`, one k and the same seeds
+    table, # tidy results of the diffusion model, and of VAEs on its banks, with `variant` and one k
     seen: dict, # variant -> images that the model had seen
 ) -> pd.DataFrame: # measure, score, metric, images; mean, low, high or, in rows of their own, seed_value
     "Pair how samples were judged at each stage of a model's training with what VAEs trained on them reach."
-    curves = {m: along_training(table, m) for m in ("two_sample_sample", "reference_elbo_sample", "bound_train")}
-    end, real = curves["two_sample_sample"].epoch.max()/max(seen.values()), of_real_images(table, "reference_elbo_test")
+    names = "two_sample_sample", "reference_elbo_sample", "bound_train"
+    curves, real = {m: along_training(table, m) for m in names}, of_real_images(table, "reference_elbo_test")
+    end = curves["two_sample_sample"].epoch.max()/max(seen.values())
     rows = []
     for variant, images in seen.items():
         told, likely, bound = (np.interp(images*end, c.epoch, c.value) for c in curves.values())
@@ -285,6 +288,6 @@ def ladder_figure(
         ax.set_title("")
         if metric == [*REACHED][-1]: ax.set_xlabel(LADDER[measure])
         if measure == [*LADDER][0]: ax.set_ylabel(f"{REACHED[metric]} / nats")
-    add_key(fig, {"DMaaPx, a point for each stage": {"color": COLORS["dmaapx"], "marker": "o", "ms": 4, "ls": ""},
-                  "normal training": {"color": COLORS["normal"]}})
+    point = {"color": COLORS["dmaapx"], "marker": "o", "ms": 4, "ls": ""}
+    add_key(fig, {"DMaaPx, a point for each stage": point, "normal training": {"color": COLORS["normal"]}})
     return fig

@@ -43,7 +43,8 @@ def validate_diffusion(
             f"whose name begins with {dataset}-")
     seen, kept = settings.dm_seen, snapshots(settings)
     if seen and weights != "trained": raise ProjectError(
-        f"dm_seen is {seen}, but weights is {weights!r}, of which one model is kept: set weights to 'trained'")
+        f"dm_seen is {seen}, but weights is {weights!r}, of which one model is kept: "
+        "set weights to 'trained'")
     if seen and seen not in kept: raise ProjectError(
         f"dm_seen is {seen}, but train_diffusion keeps its weights after {', '.join(map(str, kept))} images: "
         "choose one of these, or 0 for the last")
