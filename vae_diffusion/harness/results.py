@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'grid', 'collect_results', 'publish_results', 'load_published', 'reported_by_paper', 'at_k', 'last_epoch',
-           'provenance', 'agreement']
+           'provenance']
 
 # %% ../../nbs/harness/08_results.ipynb #a99d2e93
 from dataclasses import replace
@@ -116,23 +116,3 @@ def provenance(
     machines = runs.agg(n="size", seconds="sum").sort_values("n", ascending=False).itertuples()
     where = "; ".join(f"{r.n} runs on {r.Index}, {time(r.seconds)} of computing in all" for r in machines)
     return f"Scale `{settings.scale}`: {settings.epochs} effective epochs, {', '.join(said)}. {where}."
-
-# %% ../../nbs/harness/08_results.ipynb #agree001
-def agreement(
-    table: pd.DataFrame, # tidy results of runs
-    settings: Settings, # their settings
-) -> str: # a sentence
-    "Say how many of the numbers published of the same runs came out the same, and which differs most."
-    file = paths.results()/f"{settings.dataset}-{settings.scale}.csv"
-    if not file.exists(): return "No results of these runs are published."
-    both = table.merge(read_table(file), on=["config", "metric", "epoch"], suffixes=("", "_published"))
-    if both.empty: return "No results of these runs are published."
-    off = (both.value - both.value_published).abs()
-    other = off > 1e-5*both.value_published.abs()
-    if not other.any():
-        return f"All {len(both):,} numbers that are published of these runs came out the same."
-    worst = both.loc[(off/both.stderr.clip(lower=1e-9)).idxmax()]
-    return (f"Of {len(both):,} numbers that are published of these runs {other.sum():,} came out otherwise, "
-            "as they do on another processor; farthest off, by its standard error, "
-            f"is {worst.metric} of {LABELS[worst.method]}, seed {worst.seed:g}: "
-            f"{worst.value:g}, published {worst.value_published:g}.")
