@@ -60,7 +60,7 @@ def variants_figure(
     title: str="", # over the whole figure
     metrics: dict=SCORES, # metric -> title of its panel
 ): # -> `Figure`
-    "Draw metrics of variants: mean, 95 % interval and every seed; the grey line is the first variant's mean."
+    "Draw metrics of variants: mean, 95 % interval and every seed; a line marks the first variant's mean."
     t = scores(table, metrics)
     names = [*dict.fromkeys(t.variant)]
     plot = add_means(so.Plot(t, y="variant", color="method")).share(x=False).label(x="", y="")
