@@ -16,6 +16,7 @@ from .results import last_epoch
 from .style import COLORS, STYLE, add_key, add_means, draw_plot, set_log_ticks
 from ..metrics import student_interval
 from ..metrics.contrasts import holm, p_value
+from ..sources import METHODS
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00005
 SCORES = { # metric -> title of its panel
@@ -44,7 +45,8 @@ def scores(
 ) -> pd.DataFrame: # variant, method, metric; mean, low, high or, in rows of their own, seed_value
     "Average metrics over the runs of each variant, with 95 % intervals."
     rows, own = [], by_variant(table)
-    kinds = table.dropna(subset="method").groupby("variant", sort=False).method.first()
+    vaes = table[table.method.isin(METHODS)] # a study may hold runs of a diffusion model, too
+    kinds = vaes.groupby("variant", sort=False).method.first()
     for variant, method in kinds.items():
         for metric in metrics:
             where = {"variant": variant, "method": method, "metric": metric}

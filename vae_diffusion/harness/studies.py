@@ -228,6 +228,7 @@ def publish_study(
     write_table(results, file)
     for name, drawn in study_figures(results, study.name).items(): save_figure(drawn, folder, name)
     save_figure(forest_plot(complete_comparisons(), OVERVIEW), paths.figures(), "overview")
+    if "train_vae" in study.stages: return # its question is about VAEs, and its diffusion model a means
     runs = [run for _, run in study.runs()]
     trained = [run for run in runs if run.stage == "train_diffusion"]
     if len(trained) != 1 or not trained[0].done: return
