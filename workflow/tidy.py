@@ -56,13 +56,13 @@ def aside(cell):
 
 def tidy(page, content, before=None, after=None):
     "Puts both into the content of a page."
-    cells = content["cells"] = [c for c in content["cells"] if c["id"] != "links000"]
+    last = content["cells"][-1]
+    cells = content["cells"] = [c for c in content["cells"] if c is last or c["id"] != "links000"]
     for cell in cells:
         if cell["cell_type"] == "code":
             cell["metadata"].pop("jupyter", None)
             if aside(cell):
                 cell["metadata"]["jupyter"] = {"source_hidden": True}
-    last = cells[-1]
     if last["cell_type"] != "markdown":
         cells.append(last := {"cell_type": "markdown", "id": "links000", "metadata": {}, "source": []})
     text = LINKS.sub("", "".join(last["source"]))
