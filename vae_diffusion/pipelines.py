@@ -19,9 +19,9 @@ from . import diffusion
 from .core import files
 from .core.errors import ProjectError
 from .core.files import digest
+from .core.graphs import Graphed
 from .core.precision import float32
 from .diffusion import Denoiser
-from .diffusion_training import Graphed
 from .levels import to_levels
 from .sampling import EDMPipeline, solve
 

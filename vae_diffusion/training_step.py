@@ -11,6 +11,7 @@ import torch
 from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.adam import adam
 from .core.errors import ProjectError
+from .core.graphs import Graphed
 from .levels import to_unit
 
 
@@ -122,6 +123,7 @@ def collect_state(members) -> tuple: # parameters and buffers by name, Adam
 def make_step(members, levels, compile): # as in `training.fit_stack`; all members are at the same step
     "Make a function (uint8 images, noise, step size) -> loss, for a stack [M], that makes one step."
     vae, (params, buffers, opt) = members[0].vae, collect_state(members)
+    done, on_gpu = int(opt.steps[0]), opt.params[0].is_cuda
     def alone(x, eps):
         loss = -vae.elbo(to_unit(x, levels, check=False), eps=eps).mean()
         loss.backward()
@@ -132,15 +134,25 @@ def make_step(members, levels, compile): # as in `training.fit_stack`; all membe
         for p, g in zip(opt.params, grads.values()): p.grad = g.contiguous()
         opt.step()
         return loss
-    if compile:
-        for t in (*params.values(), *buffers.values(), *opt.m, *opt.v): # CUDA graphs change them in place
-            torch._dynamo.mark_static_address(t)
-        how = {"options": {"layout_optimization": False}} # channels last is slower on CPUs
-        if t.is_cuda: how = {"mode": "reduce-overhead"}
-        run = torch.compile(compiled_step, dynamic=False, **how)
+    run = plain = alone if len(members) == 1 else stacked
+    if compile: # without layout_optimization, because channels last is slower on CPUs
+        fast = torch.compile(compiled_step, dynamic=False, options={"layout_optimization": on_gpu})
+        run = lambda x, eps: fast(vae, params, buffers, opt, opt.next(), levels, x, eps)
+    if on_gpu: opt.lr = torch.zeros((), device=opt.params[0].device, dtype=torch.float32) # the graph reads it
+    if compile and on_gpu: run = Graphed(run)
     def step(x, eps, lr):
-        opt.lr = lr
-        if not compile: return (alone if len(members) == 1 else stacked)(x, eps)
-        loss = run(vae, params, buffers, opt, opt.next(), levels, x, eps)
-        return loss.clone() # because CUDA graphs reuse its memory
+        nonlocal run, done
+        if on_gpu: opt.lr.fill_(lr)
+        else: opt.lr = lr
+        try: loss = run(x, eps)
+        except Exception as e:
+            if run is plain or not on_gpu: raise
+            why = f"{type(e).__name__}: {str(e)[:500]}"
+            print(f"Compiling failed, training goes on without: {why}", flush=True)
+            for t in opt.steps: t.fill_(done)
+            run = plain
+            loss = run(x, eps)
+        done += 1
+        return loss.clone() if on_gpu else loss # because the graph writes its memory again
     return step
+

@@ -9,7 +9,7 @@ __all__ = ['make_unet', 'random_images', 'training_gflops', 'time_steps', 'train
 # %% ../../nbs/benchmark/02_diffusion_cases.ipynb #358b1d7d
 import torch
 from .. import diffusion, diffusion_training, levels, pipelines, sampling
-from ..core import rng
+from ..core import graphs, rng
 from ..harness import runs
 from .timing import count_gflops, scaled_work, time_calls
 from ..recipe import Recipe, batch_indices
@@ -100,7 +100,7 @@ def sample_ours(solver="heun", steps=18, precision="float32", n=128, compiled=Fa
     generators = [rng.generator("bench", i) for i in range(n)]
     def draw(): pipe(n, generators, steps, "pt", solver=solver, precision=precision)
     if compiled:
-        for _ in range(diffusion_training.Graphed.plain_calls): draw() # then calls replay a CUDA graph
+        for _ in range(graphs.Graphed.plain_calls): draw() # then calls replay a CUDA graph
     calls, seconds = time_calls(draw, 1)
     return calls*n, seconds, sampling_gflops(net, 2*steps - 1 if solver == "heun" else steps)
 
