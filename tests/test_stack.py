@@ -116,37 +116,6 @@ def test_a_compiled_stack(monkeypatch):
     assert compiled == [training_step.compiled_step]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("names", ["a", "ab"])
-def test_a_cuda_graph(names, capsys, monkeypatch):
-    graphs, found = [], []
-    monkeypatch.setattr(
-        training_step, "Graphed", lambda f, Graphed=training_step.Graphed: graphs.append(Graphed(f)) or graphs[-1]
-    )
-    for compiled in False, True:
-        members = [member(name) for name in names]
-        for m in members:
-            m.vae.to("cuda")
-        fits = training.fit_stack(members, **HOW | {"epochs": 2, "compile": compiled, "decay": True})
-        found.append(([p["loss"] for fit in fits for p in fit.curve], [m.vae.state_dict() for m in members]))
-    assert len(graphs) == 1 and graphs[0].graph and "failed" not in capsys.readouterr().out
-    assert found[1][0] == pytest.approx(found[0][0], abs=0.01)
-    for fast, plain in zip(found[1][1], found[0][1]):
-        torch.testing.assert_close(fast, plain, rtol=0, atol=1e-3)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-def test_a_gpu_where_compiling_fails(capsys, monkeypatch):
-    found = []
-    for compiled in False, True:
-        m = member("a")
-        m.vae.to("cuda")
-        found.append(training.fit_stack([m], **HOW | {"epochs": 1, "eval_epochs": (), "compile": compiled})[0])
-        monkeypatch.setattr(torch, "compile", lambda f, **how: lambda *args: 1 / 0)
-    assert capsys.readouterr().out.count("Compiling failed, training goes on without: ZeroDivisionError") == 1
-    assert found[0].curve[0]["loss"] == found[1].curve[0]["loss"]
-
-
 def test_stopped_in_a_stack_and_finished_alone(wanted, tmp_path):
     members = [member("a", tmp_path), member("b", tmp_path, dies=True), member("c", tmp_path)]
     with pytest.raises(KeyboardInterrupt):
