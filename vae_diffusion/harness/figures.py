@@ -38,11 +38,13 @@ def learning_curves(
     "Draw the ELBO on training and test images over effective epochs, a panel per method (higher is better)."
     methods = methods_shown(table, k)
     key = {"test images": {}, "training images": {"ls": "--", "color": "0.45"}}
-    t = at_k(table, k).reset_index(drop=True)
+    t = at_k(table, k)
+    t = t[t.metric.isin(["elbo_train", "elbo_test"]) & t.method.isin(methods)].reset_index(drop=True)
+    low = t[t.epoch >= t.epoch.max()*.08].value.min() - 2
     if paper is not None:
-        paper = paper[paper.epoch <= t.epoch.max()].rename(columns={"value": "paper"})
+        paper = paper[paper.metric.isin(["elbo_train", "elbo_test"]) & paper.method.isin(methods)]
+        paper = paper[(paper.epoch <= t.epoch.max()) & (paper.value > low)].rename(columns={"value": "paper"})
         t = pd.concat([t, paper], ignore_index=True)
-    t = t[t.metric.isin(["elbo_train", "elbo_test"]) & t.method.isin(methods)]
     t = t.assign(curve=t.method.map(LABELS).where(t.metric == "elbo_test", "train")) # grey for all
     plot = so.Plot(t, x="epoch", y="value", color="curve", linestyle="curve").facet("method", order=methods)
     plot = plot.add(so.Line(linewidth=.5, alpha=.6), group="seed", legend=False)
@@ -55,13 +57,12 @@ def learning_curves(
     plot = plot.scale(color=LABEL_COLORS | {"train": "0.45"}, linestyle=styles)
     plot = plot.label(x="effective epoch", y="ELBO / nats per image\n(higher is better)")
     fig = draw_plot(plot, 2.7, title)
-    low = t[t.epoch >= t.epoch.max()*.08].value.min()
     for ax, method in zip(fig.axes, methods):
         mean = t[(t.method == method) & (t.metric == "elbo_test")].groupby("epoch").value.mean()
         ax.plot(mean.idxmax(), mean.max(), "o", ms=4, color=COLORS[method])
         name = LABELS[method] + (f" (k = {k})" if METHODS[method].draws_on_bank else "")
         ax.set_title(f"{name}\n{mean.max():,.1f} at epoch {mean.idxmax():g}".replace("-", "−"))
-        ax.set(ylim=(low - 2, None), xlim=(0, t.epoch.max()*1.04))
+        ax.set(ylim=(low, None), xlim=(0, t.epoch.max()*1.04))
     add_key(fig, key | {best: {"ls": "", "marker": "o", "ms": 4}})
     return fig
 
@@ -71,6 +72,13 @@ BETTER = {"higher": "better →", "lower": "← better"}
 
 # %% ../../nbs/harness/10_figures.ipynb #2f059b23
 SCORES = ["row", "method", "metric", "mean", "low", "high", "paper", "seed_value"]
+
+def _few_ticks(ax, metric):
+    "Choose ticks of a panel whose labels have room."
+    ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3, steps=[1, 2, 5, 10]))
+    long = PANELS[metric].decimals > 1 or max(map(abs, ax.get_xlim())) >= 1e4
+    ticks = [x for x in ax.get_xticks() if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]]
+    if long and len(ticks) > 2: ax.set_xticks(ticks[::2])
 
 @mpl.rc_context(STYLE)
 def draw_scores(
@@ -99,10 +107,7 @@ def draw_scores(
         if len(t): ax.annotate("paper", (1, 1), xycoords="axes fraction", va="bottom", **beside)
         ax.grid(axis="x")
         ax.set_axisbelow(True)
-        ax.locator_params(axis="x", nbins=3, steps=[1, 2, 5, 10])
-        long = about.decimals > 1 or max(map(abs, ax.get_xlim())) >= 1e4
-        ticks = [x for x in ax.get_xticks() if ax.get_xlim()[0] <= x <= ax.get_xlim()[1]]
-        if long and len(ticks) > 2: ax.set_xticks(ticks[::2])
+        _few_ticks(ax, metric)
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #figpap01
@@ -201,7 +206,9 @@ def forest_plot(
     "Draw every method's differences from normal training, one row per data set and one column per metric."
     found = pd.concat([differences_from_normal(*found).assign(row=name) for name, found in tables.items()])
     fig = draw_scores(found, 1.05*len(tables) + .6, title)
-    for ax in fig.axes: ax.axvline(0, color=COLORS["normal"], lw=.8, zorder=0)
+    for ax, (_, metric) in zip(fig.axes, product(tables, PANELS)):
+        ax.axvline(0, color=COLORS["normal"], lw=.8, zorder=0)
+        _few_ticks(ax, metric) # for zero may lie outside of what is drawn
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #cell027

@@ -205,17 +205,22 @@ def compared_variants(
 
 # %% ../../nbs/harness/13_studies.ipynb #24f8a322
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
-    "Collect published comparisons at the cpu scale with three seeds or more of each of the paper's methods."
+    """Collect the published comparisons that have three seeds or more.
+
+    At scale cpu of each of the paper's methods; at scale paper of normal training and DMaaPx at least."""
     methods, found = sorted(name for name, method in METHODS.items() if method.in_paper), {}
     for name, info in data.DATASETS.items():
-        file = paths.results()/f"{name}-cpu.csv"
-        if file.exists(): found[info.label] = read_table(file), load_params(name)
+        for scale, label in {"cpu": info.label, "paper": f"{info.label} at scale paper"}.items():
+            file = paths.results()/f"{name}-{scale}.csv"
+            if file.exists(): found[label] = read_table(file), load_params(name, scale)
     for study in map(load_study, study_files()): found |= compared_variants(study)
-    def complete(table):
-        return (table.groupby("method").seed.nunique().reindex(methods, fill_value=0) > 2).all()
+    def complete(table, settings):
+        needed = ["normal", "dmaapx"] if settings.scale == "paper" else methods
+        return (table.groupby("method").seed.nunique().reindex(needed, fill_value=0) > 2).all()
     order = [*data.DATASETS]
     rows = sorted(found.items(), key=lambda item: order.index(item[1][1].dataset))
-    return {name: (table, settings) for name, (table, settings) in rows if complete(table)}
+    return {name: (table, settings) for name, (table, settings) in rows if complete(table, settings)}
+
 
 # %% ../../nbs/harness/13_studies.ipynb #c602626f
 def publish_study(
