@@ -22,7 +22,7 @@ if "OFFLINE" in os.environ:  # what each worker asks of other machines is noted 
 counts = dict(passed=0, failed=0, skipped=0)
 LONG = {  # seconds of the longest tests on one core
     "test_nbdev_test_as_it_is_typed": 130,
-    "test_nbdev_test_with_one_worker": 120,
+    "test_page_shows_all_data_sets": 15,
     "test_stages_that_are_repeated_killed_and_started_at_once": 52,
     "test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results": 45,
     "test_workflow_is_interrupted_fails_in_part_resumes_and_reports": 28,
