@@ -7,7 +7,7 @@ __all__ = ['CELLS', 'PARAMS', 'WIDGET', 'non_default_parameters', 'execute', 're
            'without_widgets', 'run_page', 'write_parameters_cells']
 
 # %% ../../nbs/harness/04_execution.ipynb #9610d806
-import json, tempfile
+import json, logging, tempfile
 from dataclasses import fields
 from pathlib import Path
 from ..core import files, paths, stopping
@@ -37,11 +37,14 @@ def execute(
     stopping.check_deadline()
     run.folder.mkdir(parents=True, exist_ok=True)
     notebook, copy = paths.root()/"nbs"/"experiments"/f"{run.stage}.ipynb", run.folder/"notebook.ipynb"
-    parameters = non_default_parameters(run.settings)
-    try: papermill.execute_notebook(notebook, copy, parameters, kernel_name="python3", progress_bar=False)
+    parameters, log = non_default_parameters(run.settings), logging.getLogger("papermill")
+    quiet = {"progress_bar": False, "extra_arguments": ["--log-level=40"]} # 40: errors of the kernel alone
+    log.disabled = True # its advice concerns parameters that only the files of `params` hold
+    try: papermill.execute_notebook(notebook, copy, parameters, kernel_name="python3", **quiet)
     except papermill.PapermillExecutionError as e:
         if e.ename == "Stopped": raise Stopped(e.evalue) from None
         raise
+    finally: log.disabled = False
 
 # %% ../../nbs/harness/04_execution.ipynb #cell032
 def require(
