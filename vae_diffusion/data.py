@@ -21,7 +21,7 @@ from .core import files
 from .core.errors import ProjectError
 from .core.formats import split_binary, split_cifar, split_idx
 from .core.paths import folder_from_env, root, runs
-from .core.published import PublishedFiles, read_npz
+from .core.published import PublishedFiles
 from .core.rng import generator, seed_of
 from .levels import pad
 
