@@ -403,7 +403,8 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported():
     ]
     found = {m.split(".")[0] for m in modules} - {*sys.stdlib_module_names, "vae_diffusion"}
     found -= {"pythae", "pytorch_msssim", "torchmetrics"}  # rivals of `make bench`, which installs them
-    names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel"}
+    names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel", "PIL": "pillow"}
+    names["huggingface_hub"] = "huggingface-hub"
     assert {names.get(m, m) for m in found} == {r.name for r in declared()}
 
 
