@@ -13,7 +13,7 @@ from vae_diffusion.harness.settings import Settings
 
 
 def drawn(folder, seed=0):
-    "Draws a folder of pictures of two classes: a disc or a square of any colour, 12×12 pixels, in files of three kinds."
+    "Draws pictures of two classes, a disc or a square of any colour, 12×12 pixels, into files of three kinds."
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:12, :12]
     for i in range(80):

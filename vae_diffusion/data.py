@@ -269,15 +269,16 @@ def read_folder(
 
     Raises `ProjectError` if there are none, or for a file that is unreadable, or neither grey nor RGB."""
     found = sorted(f for f in Path(folder).rglob("*") if f.suffix.lower() in SUFFIXES)
-    if not found:
-        raise ProjectError(f"{folder} holds no image files: none has one of the endings {', '.join(SUFFIXES)}")
+    if not found: raise ProjectError(
+        f"{folder} holds no image files: none has one of the endings {', '.join(SUFFIXES)}")
     images = []
     for file in found:
         try:
             with Image.open(file) as image: mode, pixels = image.mode, np.array(image)
         except OSError as e: raise ProjectError(f"{file} cannot be read as an image ({e}): remove it") from e
-        if mode not in CHANNELS: raise ProjectError(f"{file} has the mode {mode}, and not {' or '.join(CHANNELS)}, "
-            "8 bits a channel: convert it, in Pillow with image.convert('RGB')")
+        if mode not in CHANNELS: raise ProjectError(
+            f"{file} has the mode {mode}, and not {' or '.join(CHANNELS)}, 8 bits a channel: convert it, "
+            "in Pillow with image.convert('RGB')")
         images.append(pixels.reshape(*pixels.shape[:2], CHANNELS[mode]).transpose(2, 0, 1))
     return images, [file.parent.relative_to(folder).as_posix() for file in found]
 
@@ -352,8 +353,8 @@ def register(
 ) -> Dataset:
     """Make a data set of images of your own, known by its name from then on, as the published ones are.
 
-    The images are copied to `runs/datasets`, in place of those that had this name. Raises `ProjectError` for an
-    unfit name, mixed or unfit sizes, channels, types, levels or labels, and for too few images."""
+    The images are copied to `runs/datasets`, in place of those that had this name. Raises `ProjectError` for
+    an unfit name, mixed or unfit sizes, channels, types, levels or labels, and for too few images."""
     if not re.fullmatch("[a-z0-9_]+", name) or name in [*DATASETS]: raise ProjectError(
         f"a data set cannot be named {name!r}: choose lower-case letters, digits and underscores, "
         f"and none of {', '.join(DATASETS)}")

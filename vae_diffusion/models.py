@@ -209,8 +209,8 @@ def _save_pretrained(
 ):
     "Write the weights. Raises `ProjectError` for networks that are none of `NETWORKS`."
     if "network" not in self._hub_mixin_config: raise ProjectError(
-        f"a VAE of networks of your own cannot be saved with them: make it with one of {', '.join(NETWORKS)}, "
-        "or save its state_dict()")
+        "a VAE of networks of your own cannot be saved with them: make it with one of "
+        f"{', '.join(NETWORKS)}, or save its state_dict()")
     weights = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
     save_file(weights, file := Path(save_directory)/WEIGHTS)
     make_readable(file)
@@ -234,8 +234,8 @@ def _from_pretrained(
         vae.load_state_dict(load_file(file))
         vae._hub_mixin_config = config | vae._hub_mixin_config # with whatever else was stored
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as e: raise ProjectError(
-        f"{model_id} holds no VAE that can be read ({type(e).__name__}: {e}): expected config.json and {WEIGHTS}, "
-        "as `save_pretrained` writes them") from e
+        f"{model_id} holds no VAE that can be read ({type(e).__name__}: {e}): expected config.json and "
+        f"{WEIGHTS}, as `save_pretrained` writes them") from e
     return vae.to(map_location).eval()
 
 VAE._save_pretrained, VAE._from_pretrained = _save_pretrained, classmethod(_from_pretrained)
