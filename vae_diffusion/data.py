@@ -307,7 +307,8 @@ def checked_images(
         f"{what} are of type {x.dtype}: give whole numbers below {levels}, "
         "such as the result of levels.to_levels for images in [0,1]")
     if not 0 <= x.min() <= x.max() < levels: raise ProjectError(
-        f"{what} hold values from {x.min()} to {x.max()}, which are not below {levels} levels, or negative")
+        f"{what} hold values from {x.min()} to {x.max()}: with {levels} levels they must lie "
+        f"between 0 and {levels - 1}")
     return torch.from_numpy(x.astype(np.uint8))
 
 def checked_labels(
@@ -361,13 +362,15 @@ def register(
     classes = []
     x, y = read_part(f"{name}: images", images, labels, levels, classes)
     if test is None:
+        if len(x) < sum(FEWEST.values()): raise ProjectError(f"{name}: {len(x)} images are too few: give at "
+            f"least {sum(FEWEST.values())}, of which a fifth will be test images")
         split = torch.zeros(len(x), dtype=torch.bool)
-        if len(x) >= sum(FEWEST.values()): split[stratified_indices(y, len(x)//5, name)] = True
+        split[stratified_indices(y, len(x)//5, name)] = True
         x, y, test, test_labels = x[~split], y[~split], x[split], y[split]
     else: test, test_labels = read_part(f"{name}: test images", test, test_labels, levels, classes)
     if len(x) < FEWEST["train"] or len(test) < FEWEST["test"]: raise ProjectError(
         f"{name}: {len(x)} training and {len(test)} test images are too few: give at least "
-        f"{FEWEST['train']} and {FEWEST['test']}, or {sum(FEWEST.values())} to be split")
+        f"{FEWEST['train']} and {FEWEST['test']}")
     if x.shape[1:] != test.shape[1:]: raise ProjectError(
         f"{name}: images are {list(x.shape[1:])} and test images {list(test.shape[1:])}: make them alike")
     return keep_own(Dataset(name, levels, x, test, y, test_labels))
