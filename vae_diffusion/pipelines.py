@@ -120,7 +120,8 @@ vae_diffusion.
 ```python
 from diffusers import DiffusionPipeline
 # this folder, with the code in pipeline.py
-pipe = DiffusionPipeline.from_pretrained(".", custom_pipeline="pipeline", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(
+    ".", custom_pipeline="pipeline", trust_remote_code=True, low_cpu_mem_usage=False)
 pipe(batch_size=8, num_inference_steps=18).images
 ```
 

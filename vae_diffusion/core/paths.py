@@ -39,8 +39,9 @@ def root() -> Path: # the project's root folder
 
 # %% ../../nbs/core/01_paths.ipynb #cell008
 def weights() -> Path: # one folder per data set, and per study that publishes a model of its own
-    "Return the folder of the published diffusion models, in the format of diffusers, and of published VAEs."
-    return root()/"data"/"weights"
+    "Return the folder of the published models: diffusion models, and in a checkout VAEs. A wheel brings one."
+    if _checkout: return _checkout/"data"/"weights"
+    return Path(vae_diffusion.__file__).resolve().parent/"weights"
 
 # %% ../../nbs/core/01_paths.ipynb #f256f479
 def results() -> Path: # one CSV per data set and scale

@@ -174,7 +174,7 @@ def vae_card(
     for run in runs:
         t = read_results(run).query("epoch == @last").set_index("metric")
         elbos = [f"{t.value[m]:.2f} ± {t.stderr[m]:.2f}" for m in ("elbo_train", "elbo_test")]
-        rows.append(f"| `{run.settings.method}.safetensors` | {' | '.join(elbos)} |")
+        rows.append(f"| `{run.settings.method}` | {' | '.join(elbos)} |")
     table = "\n".join(rows)
     return f"""---
 license: apache-2.0
@@ -186,14 +186,13 @@ Trained by the notebook `train_vae` of vae_diffusion with the parameters `{name}
 `data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {last}
 effective epochs, in nats per image:
 
-| weights | training ELBO | test ELBO |
+| folder | training ELBO | test ELBO |
 |---|---:|---:|
 {table}
 
 ```python
-from vae_diffusion.harness import builders, settings
-s = settings.load_params("{s.dataset}", "{s.scale}") # its method is `normal`
-vae = builders.load_published_vae(s, builders.build_dataset(s))
+from vae_diffusion.models import VAE
+vae = VAE.from_pretrained("data/weights/vae-{s.dataset}/normal")
 ```
 """
 
@@ -210,20 +209,20 @@ def publish_vaes(
     settings = load_params(dataset)
     runs = [require("train_vae", replace(settings, method=method, seed=0)) for method in methods]
     with files.atomic_folder(published_vaes(settings)) as new:
-        for method, run in zip(methods, runs):
-            weights, _ = files.load_tensors(run.folder/"last.safetensors")
-            files.save_tensors(new/f"{method}.safetensors", weights, run.config)
-        files.write_text(new/"README.md", vae_card(runs))
+        for run in runs:
+            files.write_text(new/run.settings.method/"README.md", vae_card(runs))
+            vae = load_trained_vae(run.settings, build_dataset(run.settings))
+            vae.save_pretrained(new/run.settings.method, config=vae._hub_mixin_config | {"run": run.config})
 
 def load_published_vae(
     settings: Settings, # all parameters
-    dataset: data.Dataset, # from `build_dataset`
 ) -> models.VAE: # on the device
     "Load a method's published VAE. Raises `ProjectError` if it is missing, damaged, or of other parameters."
-    file, vae = published_vaes(settings)/f"{settings.method}.safetensors", build_vae(settings, dataset)
-    weights, config = files.load_tensors(file, device())
-    if config != Run("train_vae", settings).config: raise ProjectError(
-        f"{file} was trained with other parameters: restore it from git, "
+    folder = published_vaes(settings)/settings.method
+    if not folder.exists(): raise ProjectError(f"{folder} does not exist: make it with `make publish-vaes`")
+    files.verify_folder(folder.parent)
+    vae = models.VAE.from_pretrained(folder)
+    if vae._hub_mixin_config.get("run") != Run("train_vae", settings).config: raise ProjectError(
+        f"{folder} was trained with other parameters: restore it from git, "
         "or make it again with `make publish-vaes`")
-    vae.load_state_dict(weights)
-    return vae.eval()
+    return vae.to(device())

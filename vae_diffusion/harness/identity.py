@@ -10,6 +10,7 @@ import json, os
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
+from .. import data
 from ..core import paths
 from ..core.errors import ProjectError
 from ..core.files import digest
@@ -67,6 +68,7 @@ def stage_config(
 
     Raises as `published_weights_digest`."""
     own = {f.name: getattr(settings, f.name) for f in fields(Settings) if decides(f, stage, settings)}
+    if images := data.DATASETS[settings.dataset].digest: own["images"] = images
     if stage == "bank":
         if settings.weights == "trained": own["weights"] = stage_config("train_diffusion", settings)
         else: own["weights"] = published_weights_digest(settings)

@@ -17,7 +17,7 @@ from ..sources import METHODS
 def param(
     default, # at the smoke scale on digits
     meaning: str, # for a reader
-    choices=(), # the texts that are allowed; none: any
+    choices=(), # the texts that are allowed, or what holds them, such as a registry; none: any
     low=1, # the smallest number
     high=10**6, # the largest
     stage: str="", # whose result it decides: an experiment, `bank`, `all`; none: whatever needs it says so
@@ -25,7 +25,7 @@ def param(
     unless=None, # and not if it has this value: what is older than the parameter keeps its identity
 ): # -> a field of a dataclass
     "Declare a parameter."
-    about = {"meaning": meaning, "choices": tuple(choices), "low": low, "high": high,
+    about = {"meaning": meaning, "choices": choices, "low": low, "high": high,
              "stage": stage, "only": only, "unless": unless}
     return field(default=default, metadata=about)
 
