@@ -92,7 +92,8 @@ def reconstruction_psnr(
     def error(x):
         x = to_unit(x.to(device), levels)
         return (vae.decode(vae.encode(x).loc).mean - x).double().square().flatten(1).mean(1)
-    with evaluating(vae): return -10*torch.cat(map_batches(error, batch_size_for(vae, images), images)).log10().cpu()
+    with evaluating(vae): errors = map_batches(error, batch_size_for(vae, images), images)
+    return -10*torch.cat(errors).log10().cpu()
 
 # %% ../../nbs/metrics/08_encoder.ipynb #enc00026
 class Translated(nn.Module):
