@@ -62,8 +62,8 @@ def latent_means(
 def classifiers() -> dict: # name -> classifier of scikit-learn
     "Make the classifiers of `probe`."
     from sklearn import linear_model, neighbors, svm # imported here, for they are slow
-    return {"logistic": linear_model.LogisticRegression(max_iter=2000), "linear_svm": svm.SVC(kernel="linear"),
-            "rbf_svm": svm.SVC(), "neighbours": neighbors.KNeighborsClassifier(5)}
+    return {"logistic": linear_model.LogisticRegression(max_iter=2000),
+            "linear_svm": svm.SVC(kernel="linear"), "rbf_svm": svm.SVC(), "neighbours": neighbors.KNeighborsClassifier(5)}
 
 def probe(
     train: torch.Tensor, # [N,L], latents of training images
