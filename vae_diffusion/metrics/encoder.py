@@ -63,7 +63,8 @@ def classifiers() -> dict: # name -> classifier of scikit-learn
     "Make the classifiers of `probe`."
     from sklearn import linear_model, neighbors, svm # imported here, for they are slow
     return {"logistic": linear_model.LogisticRegression(max_iter=2000),
-            "linear_svm": svm.SVC(kernel="linear"), "rbf_svm": svm.SVC(), "neighbours": neighbors.KNeighborsClassifier(5)}
+            "linear_svm": svm.SVC(kernel="linear"), "rbf_svm": svm.SVC(),
+            "neighbours": neighbors.KNeighborsClassifier(5)}
 
 def probe(
     train: torch.Tensor, # [N,L], latents of training images
@@ -100,15 +101,17 @@ class Translated(nn.Module):
     "Apply a linear map to latents before a decoder reads them."
     def __init__(self,
         decoder: nn.Module, # [n,L,...] -> [n,n_out,H,W]
-        weight: torch.Tensor, # [L+1,L], the last row is added
+        weight: torch.Tensor, # [K,L], from the latents of another encoder
+        shift: torch.Tensor, # [L]
         shape: tuple, # (L,...) of the decoder's latents
     ):
         super().__init__()
         self.decoder, self.shape = decoder, shape
         self.register_buffer("weight", weight)
-    def forward(self, z):
-        return self.decoder((z.flatten(1) @ self.weight[:-1] + self.weight[-1]).unflatten(1, self.shape))
+        self.register_buffer("shift", shift)
+    def forward(self, z): return self.decoder((z.flatten(1) @ self.weight + self.shift).unflatten(1, self.shape))
 
+# %% ../../nbs/metrics/08_encoder.ipynb #enc00040
 def swap_decoder(
     vae, # a `models.VAE`, of which the encoder is kept
     other, # a `models.VAE`, of which the decoder is taken
@@ -116,10 +119,15 @@ def swap_decoder(
     levels: int, # number of pixel levels
 ) -> VAE:
     "Join the encoder of one VAE with the decoder of another by a linear map between their latents."
-    mine, theirs = (latent_means(v, images, levels) for v in (vae, other))
-    with_one = torch.cat([mine, torch.ones(len(mine), 1)], 1).double()
-    weight = torch.linalg.lstsq(with_one, theirs.double()).solution.float().to(next(vae.parameters()).device)
-    decoder = Translated(other.decoder, weight, other.latent_shape)
+    batch = batch_size_for(vae, images)
+    with torch.no_grad(), evaluating(vae), evaluating(other):
+        q, p = (posteriors(v, images, levels, batch) for v in (vae, other))
+    mean, scale, target = (t.flatten(1).double() for t in (q.loc, q.scale, p.loc))
+    centred = mean - mean.mean(0)
+    square = centred.T @ centred + torch.diag(scale.square().sum(0)) # of samples, not of means
+    weight = torch.linalg.solve(square, centred.T @ target)
+    shift = target.mean(0) - mean.mean(0) @ weight
+    decoder = Translated(other.decoder, weight.float(), shift.float(), other.latent_shape)
     return VAE(vae.encoder, decoder, other.family, vae.latent_shape).eval()
 
 # %% ../../nbs/metrics/08_encoder.ipynb #enc00031
@@ -134,7 +142,8 @@ def half_sum_and_difference(
 ENCODER = {
     "jacobian_norm": Metric("norm of the encoder's Jacobian", "latent per pixel", 2),
     "steepest_slope": Metric("steepest slope between images", "latent per pixel", 2),
-    "iwae": Metric("importance-weighted bound", better="higher"),
+    "iwae": Metric("bound, weighted samples of the encoder", better="higher"),
+    "iwae_star": Metric("bound, weighted samples of the best posterior", better="higher"),
     "approximation_gap": Metric("approximation gap"),
     "amortization_gap": Metric("amortization gap"),
     "logistic": Metric("logistic regression", "accuracy", 3, "higher"),
