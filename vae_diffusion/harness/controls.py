@@ -95,13 +95,12 @@ def scores_markdown(
 def variant_differences(
     table: pd.DataFrame, # tidy results with `variant`
     pairs: list, # of (variant, another, metric) or (variant, another, metric, the other's metric)
-    *others: tuple, # further tables with their pairs, whose rows follow
 ) -> pd.DataFrame: # a row each: variant, against, metric, difference, low, high, p (corrected)
     "Subtract variants from each other, with 95 % intervals and p-values corrected for all of these."
-    asked = [(by_variant(t), pair) for t, some in ((table, pairs), *others) for pair in some]
+    own = by_variant(table)
     found = [compare(own, metric, a, b, against_metric=next(iter(other), None))
-             for own, (a, b, metric, *other) in asked]
-    rows = [[*pair[:3], *c[:3]] for (_, pair), c in zip(asked, found)]
+             for a, b, metric, *other in pairs]
+    rows = [[*pair[:3], *c[:3]] for pair, c in zip(pairs, found)]
     t = pd.DataFrame(rows, columns=["variant", "against", "metric", "difference", "low", "high"])
     return t.assign(p=holm([p_value(c) for c in found]))
 
@@ -197,5 +196,6 @@ def runs_figure(
     plot = so.Plot(runs, y=y, color="method").pair(x=[*xs]).scale(color=COLORS)
     plot = plot.add(so.Dots(pointsize=5, stroke=1, fillalpha=.3), legend=False)
     fig = draw_plot(plot.label(y=label, **{f"x{i}": text for i, text in enumerate(xs.values())}), 2.6, title)
-    add_key(fig, {LABELS[m]: {"color": COLORS[m], "ls": "", "marker": "o"} for m in runs.method.unique()})
+    shown = [m for m in METHODS if m in {*runs.method}]
+    add_key(fig, {LABELS[m]: {"color": COLORS[m], "ls": "", "marker": "o"} for m in shown})
     return fig

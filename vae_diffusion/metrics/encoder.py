@@ -144,7 +144,7 @@ ENCODER = {
     "steepest_slope": Metric("steepest slope between images", "latent per pixel", 2),
     "iwae": Metric("bound, weighted samples of the encoder", better="higher"),
     "iwae_star": Metric("bound, weighted samples of the best posterior", better="higher"),
-    "approximation_gap": Metric("approximation gap"),
+    "approximation_gap": Metric("approximation gap", decimals=2),
     "amortization_gap": Metric("amortization gap"),
     "logistic": Metric("logistic regression", "accuracy", 3, "higher"),
     "linear_svm": Metric("linear SVM", "accuracy", 3, "higher"),
