@@ -106,7 +106,7 @@ def gap_of_batch(
     final,
     seed,
     i, # number of the batch
-): # ELBO of q [n] and of q* [n], trace [steps,2,n], is the prior's result better [n], q*'s mean and log-variance
+): # ELBOs of q [n] and q* [n], trace [steps,2,n], is the prior's better [n], q*'s mean and log-variance
     "Measure one batch of images: search for q*, choose between the starts, measure with fresh noise."
     q = posteriors(vae, images, levels, len(images))
     x = to_unit(images.to(q.loc.device), levels, check=False)

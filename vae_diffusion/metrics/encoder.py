@@ -109,7 +109,8 @@ class Translated(nn.Module):
         self.decoder, self.shape = decoder, shape
         self.register_buffer("weight", weight)
         self.register_buffer("shift", shift)
-    def forward(self, z): return self.decoder((z.flatten(1) @ self.weight + self.shift).unflatten(1, self.shape))
+    def forward(self, z):
+        return self.decoder((z.flatten(1) @ self.weight + self.shift).unflatten(1, self.shape))
 
 # %% ../../nbs/metrics/08_encoder.ipynb #enc00040
 def swap_decoder(
