@@ -40,6 +40,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_every_experiment_can_be_run_again_in_the_same_kernel": 25,
     "test_a_long_session_leaves_nothing_behind": 25,
     "test_measure_gaps_alone_runs_what_it_needs": 14,
+    "test_measure_encoder_alone_trains_both_vaes": 18,
     "test_a_run_started_three_times_at_once_is_trained_once": 9,
     "test_another_seed_or_number_of_threads": 5,
     "test_killed_run_ends_with_the_same_numbers": 13,

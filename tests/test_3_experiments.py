@@ -35,6 +35,21 @@ def test_measure_gaps_alone_runs_what_it_needs(smoke, tmp_path):
     assert set(table[table.metric == "iwae_test"].epoch) == {2}
 
 
+def test_measure_encoder_alone_trains_both_vaes(smoke, tmp_path):
+    from vae_diffusion.metrics.encoder import ENCODER
+
+    process = forked("measure_encoder", tmp_path / "out.ipynb", {"n_train": 300})
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "out.log").read_text()
+    done = sorted(f.parent.name.rpartition("-")[0] for f in smoke.glob("digits-smoke/*/metrics.csv"))
+    vaes = ["train_vae-dmaapx-k2-seed0", "train_vae-normal-seed0"]
+    assert done == ["measure_encoder-normal-seed0", "sample_bank-k2", *vaes]
+    table = pd.read_csv(*smoke.glob("digits-smoke/measure_encoder-*/metrics.csv")).set_index("metric").value
+    assert {*table.index} == {*ENCODER}
+    parts = table.robustness_encoder + table.robustness_decoder
+    assert parts == pytest.approx(table.robustness_gap, abs=1e-5)
+
+
 def test_trained_weights_feed_the_bank_and_are_published_with_their_study(smoke, tmp_path, monkeypatch):
     from vae_diffusion import pipelines
     from vae_diffusion.core import paths

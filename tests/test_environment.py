@@ -120,7 +120,7 @@ SMALL = dict(n_train=300, dm_images=500)
 
 def test_finished_experiments_are_shown_from_a_read_only_disk(tmp_path, monkeypatch):
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "runs"))
-    stages = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_diffusion"
+    stages = "train_diffusion", "sample_bank", "train_vae", "measure_gaps", "measure_encoder", "measure_diffusion"
     for stage in stages:
         forks.execute(identity.Run(stage, Settings(**SMALL)), tmp_path / "log")
     with read_only_mount(tmp_path / "runs"):

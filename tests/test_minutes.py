@@ -100,6 +100,7 @@ STAGES = [
         [
             identity.Run("train_vae", DMAAPX),
             identity.Run("measure_gaps", SETTINGS),
+            identity.Run("measure_encoder", SETTINGS),
             identity.Run("measure_diffusion", SETTINGS),
         ]
     )
@@ -130,6 +131,7 @@ LOOKS = {
     "sample_bank": 8,
     "train_vae": 24,
     "measure_gaps": 12,
+    "measure_encoder": 12,
     "measure_diffusion": 20,
 }  # until the time is over
 

@@ -58,6 +58,7 @@ SAMPLES, TESTS = "samples", "test images"
 PROMISED = {
     "train_vae": {"test ELBO", "at the best epoch", "generalization gap"},
     "measure_gaps": {"amortization gap", "robustness gap", "importance-weighted bound"},
+    "measure_encoder": {"norm of the encoder's Jacobian", "approximation gap", "robustness gap, the encoder's part"},
     "sample_bank": {f"distance to the nearest training image: {images}" for images in (SAMPLES, TESTS)},
     "train_diffusion": {"bound on log p, training images", "bound on log p, test images"},
     "measure_diffusion": {f"told from training images: {images}" for images in (SAMPLES, TESTS)},

@@ -14,7 +14,7 @@ NBS = Path(__file__).resolve().parent.parent / "nbs"
 HALLWAY = """index tour play glossary results/overview results/digits results/binary_mnist results/fashion_mnist
     results/cifar10 results/controls results/optimizers results/benchmarks results/reliability differences reproduce gpu
     experiments/train_diffusion experiments/measure_diffusion experiments/sample_bank experiments/train_vae
-    experiments/measure_gaps experiments/report library own_data adding""".split()
+    experiments/measure_gaps experiments/measure_encoder experiments/report library own_data adding""".split()
 FOLDERS = "method", "metrics", "core", "harness", "benchmark"  # of the pages that define
 LINKS = re.compile(r"\n*^(?:Previous: |Next: |Back:? ).*\Z", re.M)
 

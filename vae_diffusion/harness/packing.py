@@ -49,11 +49,14 @@ def files_to_pack(
     configs = {f.parent: stored_config(f.parent) for f in sorted(Path(folder).glob("*/config.json"))}
     done = {run for run in configs if (run/"metrics.csv").exists()}
     measured = [configs[run]["vae"] for run in done if configs[run]["stage"] == "measure_gaps"]
+    begun = [c for run, c in configs.items() if run not in done and c["stage"] == "measure_encoder"]
+    needed = [vae for c in begun for vae in (c["gaps"]["vae"], c["partner"])]
     first = [replace(settings, method=m, seed=settings.seeds[0]) for m in settings.methods]
     shown, found = {Run("train_vae", s).name for s in first}, {} # by the report
     for run, config in configs.items():
         own = {k: v for k, v in config.items() if k != "stage"}
-        weights, last = config["stage"] == "train_vae" and own not in measured, run.name in shown
+        weights = config["stage"] == "train_vae" and (own not in measured or own in needed)
+        last = run.name in shown
         files = [f for f in sorted(run.rglob("*")) if f.is_file()]
         found[run] = [f for f in files
                       if is_packed(f.relative_to(run).as_posix(), run in done, weights, last)]

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STAGE_SECONDS', 'prerequisites', 'all_runs', 'train_diffusion_seconds', 'sample_bank_seconds', 'evaluated_epochs',
-           'train_vae_seconds', 'measure_gaps_seconds', 'measure_diffusion_seconds', 'run_seconds', 'remaining_share',
-           'remaining_seconds', 'make_plan', 'plan_markdown', 'print_plan']
+           'train_vae_seconds', 'measure_gaps_seconds', 'measure_encoder_seconds', 'measure_diffusion_seconds',
+           'run_seconds', 'remaining_share', 'remaining_seconds', 'make_plan', 'plan_markdown', 'print_plan']
 
 # %% ../../nbs/harness/15_plan.ipynb #bf57b837
 import time
+from dataclasses import replace
 import pandas as pd
 import torch
 from ..core import files
@@ -28,8 +29,9 @@ def prerequisites(
     s = run.settings
     model = [Run("train_diffusion", s)] if s.weights == "trained" else []
     if run.stage == "sample_bank": return model
-    if run.stage == "measure_diffusion": return [*model, Run("train_vae", identity.reference_settings(s))]
-    if run.stage == "measure_gaps": return [Run("train_vae", s)]
+    vaes = [Run("train_vae", needed) for needed in identity.vaes_needed(run.stage, s)]
+    if run.stage == "measure_diffusion": return [*model, *vaes]
+    if vaes: return vaes
     banked = run.stage == "train_vae" and METHODS[s.method].draws_on_bank
     return [Run("sample_bank", s)] if banked else []
 
@@ -95,6 +97,15 @@ def measure_gaps_seconds(
         "robustness": attacked*s.attack_restarts*(attack + 2*compare),
         "robustness-last": attacked*s.attack_restarts*(attack + compare)}
 
+# %% ../../nbs/harness/15_plan.ipynb #encsecs0
+def measure_encoder_seconds(
+    s, # as in `train_diffusion_seconds`
+    machine, # as in `train_diffusion_seconds`
+) -> dict: # name of a part -> seconds
+    "Estimate the search for the best posteriors, the bound on the same images, and the attack."
+    gaps = measure_gaps_seconds(replace(s, iwae_images=s.star_images, gaps_at=()), machine)
+    return {"inference": gaps[f"amortization-{s.epochs}"] + gaps["iwae"], "robustness": gaps["robustness"]}
+
 # %% ../../nbs/harness/15_plan.ipynb #202f147b
 def measure_diffusion_seconds(
     s, # as in `train_diffusion_seconds`
@@ -111,7 +122,7 @@ def measure_diffusion_seconds(
 STAGE_SECONDS = {
     "train_diffusion": train_diffusion_seconds, "sample_bank": sample_bank_seconds,
     "train_vae": train_vae_seconds, "measure_gaps": measure_gaps_seconds,
-    "measure_diffusion": measure_diffusion_seconds}
+    "measure_encoder": measure_encoder_seconds, "measure_diffusion": measure_diffusion_seconds}
 
 # %% ../../nbs/harness/15_plan.ipynb #d0e65417
 def run_seconds(
@@ -144,7 +155,7 @@ def remaining_seconds(
 ) -> float: # seconds
     "Estimate how long the rest of a run takes."
     if run.done: return 0.
-    if run.stage in ("measure_gaps", "measure_diffusion"):
+    if run.stage.startswith("measure_"):
         finished = {f.stem for f in run.folder.glob("*.*")} # parts, and the classifier
         return sum(seconds for name, seconds in parts.items() if name not in finished)
     return remaining_share(run)*sum(parts.values())
@@ -160,7 +171,7 @@ def make_plan(
     try:
         for run in all_runs(grid):
             with torch.random.fork_rng(): parts = run_seconds(run, machine)
-            method = run.settings.method if run.stage in ("train_vae", "measure_gaps") else ""
+            method = run.settings.method if run.stage in identity.OF_VAES else ""
             rows.append({"stage": run.stage, "method": method, "seconds": sum(parts.values()),
                          "left": remaining_seconds(run, parts), "done": run.done, "config": run.digest})
     finally: torch.set_num_threads(threads)

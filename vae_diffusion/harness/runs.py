@@ -17,7 +17,7 @@ import re
 from .. import training_step
 from ..core import files, locks, stopping
 from ..core.errors import ProjectError
-from .identity import Run, reference_settings
+from .identity import OF_VAES, Run, vaes_needed
 from .settings import Settings
 from .tables import COLUMNS, read_table
 from ..sources import METHODS
@@ -67,9 +67,8 @@ def needs_compiler(
     run: Run, # of any experiment
 ) -> bool:
     "Tell whether a run still has to train a VAE, itself or as a prerequisite, with a compiled step."
-    if run.stage not in ("train_vae", "measure_gaps", "measure_diffusion"): return False
-    settings = reference_settings(run.settings) if run.stage == "measure_diffusion" else run.settings
-    return settings.compile and not run.done and not Run("train_vae", settings).done
+    trained = [run.settings] if run.stage == "train_vae" else vaes_needed(run.stage, run.settings)
+    return not run.done and any(s.compile and not Run("train_vae", s).done for s in trained)
 
 # %% ../../nbs/harness/03_runs.ipynb #cell010
 def require_runnable(
@@ -149,7 +148,7 @@ def finish_run(
 
     Before that, the values of images are written to `values.safetensors`, for each metric those of the last
     row that has them; of the runs of VAEs alone."""
-    settings, of_vae = run.settings, run.stage in ("train_vae", "measure_gaps")
+    settings, of_vae = run.settings, run.stage in OF_VAES
     common = {"dataset": settings.dataset, "scale": settings.scale, "method": run.stage, "seed": None,
               "k": None, "hardware": hardware(device), "seconds": round(seconds, 1), "config": run.digest}
     if of_vae:

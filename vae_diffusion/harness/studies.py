@@ -229,7 +229,7 @@ def publish_study(
     "Publish a study: its results, its figures and its diffusion model. Raises as `collect_study`."
     results, folder = collect_study(study), paths.figures()/f"{study.dataset}-{study.scale}"
     file = paths.results()/f"{study.name}.csv"
-    if "measure_gaps" in study.stages: publish_values(results, file) # methods are compared
+    if {"measure_gaps", "measure_encoder"} & {*study.stages}: publish_values(results, file) # of methods
     write_table(results, file)
     for name, drawn in study_figures(results, study.name).items(): save_figure(drawn, folder, name)
     save_figure(forest_plot(complete_comparisons(), OVERVIEW), paths.figures(), "overview")

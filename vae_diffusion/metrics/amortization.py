@@ -27,6 +27,7 @@ class AmortizationGap:
     elbo_star: torch.Tensor # float64 [N], nats, with q*
     trace: torch.Tensor # float64 [steps,2], nats: mean ELBO of the search, from encoder and from prior
     from_prior: torch.Tensor # bool [N], whether the search from the prior ended better
+    q_star: Normal # of [N,L,...]
     @property
     def gap(self): # float64 [N], nats; G_a is its mean
         return self.elbo_star - self.elbo_q
@@ -105,7 +106,7 @@ def gap_of_batch(
     final,
     seed,
     i, # number of the batch
-): # ELBO of the encoder's q [n] and of q* [n], trace [steps,2,n], whether the prior's result was better [n]
+): # ELBOs of q [n] and q* [n], trace [steps,2,n], is the prior's better [n], q*'s mean and log-variance
     "Measure one batch of images: search for q*, choose between the starts, measure with fresh noise."
     q = posteriors(vae, images, levels, len(images))
     x = to_unit(images.to(q.loc.device), levels, check=False)
@@ -114,7 +115,7 @@ def gap_of_batch(
     prior = averaged_elbo(vae, x, mean, log_var, 1 + final//4, generator("choose", seed, i)).argmax(0) == 1
     best = [torch.where(prior.view(-1, *[1]*(t.ndim - 2)), t[1], t[0]) for t in (mean, log_var)]
     pair = torch.stack([q.loc, best[0]]), torch.stack([2*q.scale.log(), best[1]])
-    return *averaged_elbo(vae, x, *pair, final, generator("measure", seed, i)), trace, prior
+    return *averaged_elbo(vae, x, *pair, final, generator("measure", seed, i)), trace, prior, *best
 
 # %% ../../nbs/metrics/03_amortization.ipynb #cell031
 def amortization_gap(
@@ -136,16 +137,18 @@ def amortization_gap(
     if samples < 2 or samples % 2:
         raise ValueError(f"samples come in antithetic pairs: {samples} is not an even number of 2 or more")
     batches, parts = images.split(batch or batch_size_for(vae, images, 2*samples)), []
+    names = "q", "star", "trace", "prior", "mean", "log_var"
     def progress(): return len(parts), len(batches), "batches of images"
     with evaluating(vae), unchecked(vae), stoppable(progress, at_once=True) as asked:
         for i, x in enumerate(batches):
             if asked: break
-            file, names = folder and Path(folder)/f"batch-{i}.safetensors", ("q", "star", "trace", "prior")
+            file = folder and Path(folder)/f"batch-{i}.safetensors"
             if file and file.exists():
                 stored, _ = load_tensors(file, next(vae.parameters()).device)
                 parts.append([stored[name] for name in names])
             else: parts.append(gap_of_batch(vae, x, levels, steps, samples, lr, final, seed, i))
             if file: save_tensors(file, dict(zip(names, parts[-1])))
     if folder: shutil.rmtree(folder)
-    q, star, trace, prior = (torch.cat(p, -1).cpu() for p in zip(*parts))
-    return AmortizationGap(q, star, trace.mean(-1), prior)
+    along = 0, 0, -1, 0, 0, 0
+    q, star, trace, prior, mean, log_var = (torch.cat(p, d).cpu() for p, d in zip(zip(*parts), along))
+    return AmortizationGap(q, star, trace.mean(-1), prior, Normal(mean, (log_var/2).exp()))

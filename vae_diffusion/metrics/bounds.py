@@ -107,12 +107,14 @@ def iwae(
     batch: int=None, # images per forward pass; None: `batch_size_for`
     seed: int=0, # of the evaluation noise, the same stream as `elbo`'s
     file=None, # where an interrupted measurement is stored; None: nowhere
+    proposal: Normal=None, # [N,L,...], of the importance samples; None: the encoder's q
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
     "Compute each image's importance-weighted bound (Burda et al. 2016, eq. 8). Raises as `Family.check`."
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)
-        q = posteriors(vae, images, levels, batch)
+        q, device = proposal or posteriors(vae, images, levels, batch), next(vae.parameters()).device
+        q = Normal(q.loc.to(device), q.scale.to(device), validate_args=False)
         state = {"total": torch.full(images.shape[:1], -torch.inf, dtype=torch.float64, device=q.loc.device)}
         for k in resumable_range(K, file, state):
             eps = evaluation_noise(q, "elbo", seed, k)
