@@ -46,7 +46,7 @@ $(call only,figures,cpu or paper)
 $(call only,publish-vaes,cpu)
 
 .PHONY: reproduce test stress mutants lab figures study bench oldest weights publish-weights \
-  publish-vaes plan pack unpack parameters page tidy readme clean $(if $(MOVED),$(BIN)/ready)
+  publish-vaes plan pack unpack parameters page tidy readme site clean $(if $(MOVED),$(BIN)/ready)
 .DELETE_ON_ERROR:
 
 # All runs of DATASET at SCALE, then the table and runs/DATASET-SCALE/report.html. With MINUTES=12 it stops in time, as
@@ -55,7 +55,7 @@ reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
 # Everything that CI checks; in a browser too, where there is Chromium.
-test: $(BIN)/ready $(if $(shell command -v chromium),build/browser/ready)
+test: $(BIN)/ready build/site-tools/ready $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -162,6 +162,17 @@ readme: $(BIN)/ready
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled True \
 	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new
 	mv $(README).new $(README)
+
+SITE ?= build/site
+# The pages as they are stored, the reference of the library and a search, as static files: build/site/index.html.
+site: $(BIN)/ready build/site-tools/ready
+	rm -rf $(SITE) $(SITE)-sources && mkdir -p $(SITE)-sources
+	PYTHONPATH=build/site-tools $(BIN)/python -m sphinx -q -E -W --keep-going -j $(CORES) -c workflow/site \
+	  -d $(SITE)-sources/.doctrees $(SITE)-sources $(SITE)
+
+build/site-tools/ready: workflow/site/requirements.txt $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --require-hashes --upgrade --target build/site-tools -r $<
+	touch $@
 
 # Removes the environment and all runs.
 clean:

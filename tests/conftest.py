@@ -4,6 +4,7 @@ import csv
 import multiprocessing
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "build/browser"))
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "passive"  # two threads on a busy core would only wait for each other
 sys.path.insert(0, str(ROOT / "workflow"))
@@ -20,6 +22,8 @@ if "OFFLINE" in os.environ:  # what each worker asks of other machines is noted 
     os.environ["OFFLINE"] += f"-{os.environ.get('PYTEST_XDIST_WORKER', 'alone')}"
     Path(os.environ["OFFLINE"]).touch()
 counts = dict(passed=0, failed=0, skipped=0)
+FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
 LONG = {  # seconds of the longest tests on one core
     "test_nbdev_test_as_it_is_typed": 130,
     "test_page_shows_all_data_sets": 15,
@@ -46,6 +50,7 @@ LONG = {  # seconds of the longest tests on one core
     "test_killed_run_ends_with_the_same_numbers": 13,
     "test_bench_stores_resumes_and_draws": 15,
     "test_sliders_move_their_pictures": 26,
+    "test_links_of_the_site_lead_somewhere": 50,
 }
 WITHOUT_DATA = pytest.mark.skip(
     reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "
@@ -146,6 +151,20 @@ def cut():
     apart = ["unshare", "--map-root-user", "--net"]
     possible = not subprocess.run([*apart, "true"], capture_output=True).returncode
     return [*apart, sys.executable, "-c", WITHOUT_NETWORK] if possible else []
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    "Chromium, which Playwright drives."
+    if not shutil.which("chromium"):
+        pytest.skip("needs Chromium, such as Debian's package `chromium`")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make build/browser/ready")
+    with sync_api.sync_playwright() as playwright:
+        where = tmp_path_factory.mktemp("chromium")
+        how = {"executable_path": shutil.which("chromium"), "args": FLAGS}
+        own = playwright.chromium.launch_persistent_context(where, viewport={"width": 1200, "height": 5000}, **how)
+        yield own
+        own.close()
 
 
 @pytest.fixture

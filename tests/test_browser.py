@@ -7,18 +7,14 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 from conftest import ROOT, run, tracked
 
-sys.path.append(str(ROOT / "build/browser"))
 if not shutil.which("chromium"):
     pytest.skip("needs Chromium, such as Debian's package `chromium`", allow_module_level=True)
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright: make build/browser/ready")
-FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
 KERNEL = "jupyterapp.shell.currentWidget.sessionContext.session.kernel"
 READY = "window." + KERNEL.replace(".", "?.") + "?.status == 'idle'"
 
@@ -48,16 +44,6 @@ def lab(tmp_path_factory):
     finally:
         server.terminate()
         server.wait()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    with sync_api.sync_playwright() as playwright:
-        where = tmp_path_factory.mktemp("chromium")
-        how = {"executable_path": shutil.which("chromium"), "args": FLAGS}
-        own = playwright.chromium.launch_persistent_context(where, viewport={"width": 1200, "height": 5000}, **how)
-        yield own
-        own.close()
 
 
 @pytest.fixture
