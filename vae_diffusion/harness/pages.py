@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALSO', 'QUALITY', 'RESULT', 'ROBUST', 'about', 'name_metric', 'run_markdown', 'agreement', 'interval', 'difference',
-           'compared', 'result', 'comparison', 'repetitions', 'claims', 'differences', 'more_samples', 'means',
-           'similarities', 'bits_per_dimension', 'listed', 'outcomes', 'said', 'overview', 'what_was_run']
+           'compared', 'result', 'comparison', 'repetitions', 'claims', 'verdicts', 'differences', 'more_samples',
+           'means', 'similarities', 'bits_per_dimension', 'listed', 'outcomes', 'said', 'overview', 'what_was_run']
 
 # %% ../../nbs/harness/17_pages.ipynb #pages002
 import math
@@ -13,7 +13,7 @@ import pandas as pd
 from ..core import paths
 from ..core.errors import ProjectError
 from .comparisons import (
-    claims_markdown, compare, direction, interval_basis, judge_claims, summarize, summary_markdown)
+    CLAIMS, claims_markdown, compare, direction, interval_basis, judge_claims, summarize, summary_markdown)
 from .results import LABELS, last_epoch, provenance, reported_by_paper
 from .tables import read_table, table_markdown
 from ..metrics import METRICS, Metric
@@ -161,6 +161,28 @@ def claims(
     head = "DMaaPx minus the other [95 % interval]"
     named = {label or head: judge_claims(t, s.k) for label, (t, s) in found.items()}
     return claims_markdown(named) + "\n\n" + repetitions(found)
+
+# %% ../../nbs/harness/17_pages.ipynb #pagesver
+def verdicts(
+    found: dict, # as in `result`
+) -> str: # Markdown
+    "Sort comparisons by the verdict on each of the paper's claims, with the differences."
+    judged = {label: judge_claims(t, s.k).set_index("claim") for label, (t, s) in found.items()}
+    kinds, rows = ["holds", "fails", "equivalent", "open", "not tested"], {}
+    for claim, metric, *_ in CLAIMS:
+        rows[claim] = {kind: [] for kind in kinds}
+        for label, t in judged.items():
+            kind, text = "not tested", label
+            if claim in t.index:
+                kind = t.verdict[claim]
+                text = f"{t.difference[claim]:+z.{METRICS[metric].decimals}f} on {label}"
+            rows[claim][kind].append(text)
+    kinds = [kind for kind in kinds if any(cells[kind] for cells in rows.values())]
+    lines = ["| claim | " + " | ".join(kinds) + " |", "|---|" + "---|"*len(kinds)]
+    for claim, cells in rows.items():
+        lines.append(f"| {claim} | " + " | ".join(", ".join(cells[kind]) or "-" for kind in kinds) + " |")
+    return "\n".join(lines)
+
 
 # %% ../../nbs/harness/17_pages.ipynb #pages019
 def differences(
