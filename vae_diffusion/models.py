@@ -230,7 +230,7 @@ def _from_pretrained(
         make, arguments = NETWORKS[config["network"]], config["arguments"]
         if not os.path.isdir(model_id): file = hf_hub_download(model_id, WEIGHTS, **where)
         else: file = Path(model_id)/WEIGHTS
-        vae = make(family=family, **arguments)
+        with torch.random.fork_rng(): vae = make(family=family, **arguments)
         vae.load_state_dict(load_file(file))
         vae._hub_mixin_config = config | vae._hub_mixin_config # with whatever else was stored
     except (KeyError, TypeError, OSError, RuntimeError, SafetensorError) as e: raise ProjectError(

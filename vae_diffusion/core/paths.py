@@ -54,7 +54,7 @@ def figures() -> Path: # one folder per data set and scale
     return root()/"figures"
 
 # %% ../../nbs/core/01_paths.ipynb #a7c96dba
-def runs() -> Path: # one folder per data set and scale
+def runs() -> Path: # one folder per data set and scale; `datasets`, of images that a reader registered
     "Return the folder of the runs, outside git. Raises `ProjectError` if its path contains braces."
     folder = folder_from_env("VAE_DIFFUSION_RUNS", root()) or root()/"runs"
     if set("{}") & set(str(folder)):
