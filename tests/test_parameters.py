@@ -114,9 +114,10 @@ def test_scale_paper_is_the_papers_comparison(dataset):
 def test_scale_paper_trains_no_diffusion_model(dataset):
     s = load_params(dataset, "paper")
     grid = results.grid(s)
-    assert "train_diffusion" not in {r.stage for r in grid} and {r.settings.weights for r in grid} == {"published"}
+    assert "train_diffusion" not in {r.stage for r in grid} and s.weights != "trained"
+    assert {r.settings.weights for r in grid} == {s.weights}
     assert len([r for r in grid if r.stage == "measure_gaps"]) == 12
-    files.verify_folder(builders.weights_folder(s))  # the published one is there
+    files.verify_folder(builders.weights_folder(s))  # it is there
     asked = replace(s, weights="trained", solver="heun", steps=18)  # `make weights` trains what these take
     assert Run("train_diffusion", asked).digest == Run("train_diffusion", s).digest
 
@@ -126,9 +127,12 @@ def test_scale_paper_states_how_good_its_diffusion_model_is(dataset):
     "As the model's card and the stored study have it."
     s, text = load_params(dataset, "paper"), (ROOT / f"nbs/experiments/params/{dataset}-paper.yaml").read_text()
     seen = re.search(r"\| images seen \| ([\d,]+) \|", (builders.weights_folder(s) / "README.md").read_text())[1]
-    assert f"The published one saw {seen} images" in text
-    table = studies.load_published_study(f"{dataset}-diffusion")
-    judged = {label: run.settings for label, run in studies.load_study(f"{dataset}-diffusion").runs()}
+    assert f" saw {seen} images, the paper's 200 million" in text
+    study = f"{dataset}-diffusion" if s.weights == "published" else f"{dataset}-quality"
+    table = studies.load_published_study(study)
+    judged = {label: run.settings for label, run in studies.load_study(study).runs()}
+    assert f"(study {study})" in text
     same = [label for label, v in judged.items() if (v.solver, v.steps) == (s.solver, s.steps)]
     right = table[table.variant.isin(same) & (table.metric == "two_sample_sample")]
-    assert f"A classifier is right on {100 * right[right.epoch == right.epoch.max()].value.item():.0f} % of" in text
+    share = 100 * right[right.epoch == right.epoch.max()].value.item()
+    assert f"A classifier is right on {share:.0f} % of" in text
