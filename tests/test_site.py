@@ -189,7 +189,7 @@ def test_site_in_a_browser(address, browser, width, theme):
     tab.on("request", lambda asked: asked.url.startswith((address, "data:")) or wrong.append(asked.url))
     tab.set_viewport_size({"width": width, "height": 900})
     tab.emulate_media(color_scheme=theme)
-    for page in "index", "glossary", "results/fashion_mnist", "method/02_likelihoods", "reference/vae_diffusion.data":
+    for page in "index", "glossary", "results/fashion_mnist", "method/04_augment", "reference/vae_diffusion.data":
         tab.goto(f"{address}/{page}.html")
         assert tab.evaluate("document.documentElement.scrollWidth") == width, page
         if tab.locator(".math").count():
