@@ -11,6 +11,7 @@ MINUTES ?=
 SIZE ?= 16
 TO ?=
 FROM ?=
+SITE ?= build/site
 BIN := .venv/bin
 SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads \
   --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete \
@@ -163,7 +164,6 @@ readme: $(BIN)/ready
 	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new
 	mv $(README).new $(README)
 
-SITE ?= build/site
 # The pages as they are stored, the reference of the library and a search, as static files: build/site/index.html.
 site: $(BIN)/ready build/site-tools/ready
 	rm -rf $(SITE) $(SITE)-sources && mkdir -p $(SITE)-sources

@@ -112,8 +112,10 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
 
 
 def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypatch):
-    "The command of nbs/reproduce.ipynb; the profile here only plans the runs."
-    (tmp_path / "config.yaml").write_text("executor: local\njobs: 1\ndry-run: true\n")
+    "The command of nbs/reproduce.ipynb with the profile for SLURM, which here only plans the runs."
+    profile = (ROOT / "workflow/profiles/slurm/config.yaml").read_text()
+    assert profile.count("executor: slurm\n") == 1
+    (tmp_path / "config.yaml").write_text(profile.replace("executor: slurm\n", "executor: local\ndry-run: true\n"))
     monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path))
     process = snakemake(
         "--snakefile",
@@ -130,7 +132,8 @@ def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypat
     )
     process.join()
     said = (tmp_path / "said").read_text()
-    assert not process.exitcode and "report" in said and "run" in said, said
+    assert not process.exitcode and "\nrule report:" in said, said
+    assert said.count("\nrule run:") == said.count("runtime=240, mem_mb=4000") > 0, said
 
 
 ASK = """

@@ -179,6 +179,14 @@ def address(site):
         server.shutdown()
 
 
+CUT_OFF = """() => {
+    const auto = e => ["auto", "scroll"].includes(getComputedStyle(e).overflowX)
+    const scrolls = e => e.tagName != "ARTICLE" && (auto(e) || scrolls(e.parentElement))
+    const wide = e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e)
+    return [...document.querySelectorAll("article :is(p, img, table, pre, dl)")].filter(wide).map(e => e.outerHTML)
+}"""
+
+
 @pytest.mark.parametrize("width", [1400, 390])
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_site_in_a_browser(address, browser, width, theme):
@@ -189,9 +197,9 @@ def test_site_in_a_browser(address, browser, width, theme):
     tab.on("request", lambda asked: asked.url.startswith((address, "data:")) or wrong.append(asked.url))
     tab.set_viewport_size({"width": width, "height": 900})
     tab.emulate_media(color_scheme=theme)
-    for page in "index", "glossary", "results/fashion_mnist", "method/02_likelihoods", "reference/vae_diffusion.data":
+    for page in "index", "glossary", "results/fashion_mnist", "method/04_augment", "reference/vae_diffusion.data":
         tab.goto(f"{address}/{page}.html")
-        assert tab.evaluate("document.documentElement.scrollWidth") == width, page
+        assert tab.evaluate("document.documentElement.scrollWidth") == width and not tab.evaluate(CUT_OFF), page
         if tab.locator(".math").count():
             tab.wait_for_selector("mjx-container")
         assert not tab.locator("mjx-merror, [data-mjx-error]").count(), page
