@@ -50,6 +50,9 @@ LONG = {  # seconds of the longest tests on one core
     "test_killed_run_ends_with_the_same_numbers": 13,
     "test_bench_stores_resumes_and_draws": 15,
     "test_sliders_move_their_pictures": 26,
+    "test_a_folder_of_pictures_is_compared": 25,
+    "test_the_wheel_works_without_the_checkout": 14,
+    "test_a_model_is_drawn_from_where_nothing_of_ours_is_installed": 13,
     "test_links_of_the_site_lead_somewhere": 50,
 }
 WITHOUT_DATA = pytest.mark.skip(

@@ -166,10 +166,12 @@ def claims(
 def verdicts(
     found: dict, # as in `result`
 ) -> str: # Markdown
-    "Sort comparisons by the verdict on each of the paper's claims, with the differences."
+    "Sort comparisons by their verdict on each claim that was measured anywhere, with the differences."
     judged = {label: judge_claims(t, s.k).set_index("claim") for label, (t, s) in found.items()}
     kinds, rows = ["holds", "fails", "equivalent", "open", "not tested"], {}
+    measured = set().union(*(t.index for t in judged.values()))
     for claim, metric, *_ in CLAIMS:
+        if claim not in measured: continue
         rows[claim] = {kind: [] for kind in kinds}
         for label, t in judged.items():
             kind, text = "not tested", label

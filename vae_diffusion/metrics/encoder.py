@@ -63,7 +63,7 @@ def classifiers() -> dict: # name -> classifier of scikit-learn
     "Make the classifiers of `probe`."
     from sklearn import linear_model, neighbors, svm # imported here, for they are slow
     return {"logistic": linear_model.LogisticRegression(max_iter=2000),
-            "linear_svm": svm.SVC(kernel="linear"), "rbf_svm": svm.SVC(),
+            "linear_svm": svm.SVC(kernel="linear", random_state=0), "rbf_svm": svm.SVC(random_state=0),
             "neighbours": neighbors.KNeighborsClassifier(5)}
 
 def probe(
