@@ -119,7 +119,7 @@ def checkpointed_part(
     name: str, # of the part
     make, # () -> list of `tables.result_row`
 ) -> tuple: # list of `tables.result_row`, seconds that they took
-    """Compute a part of a run's results and store it, or return the stored one.
+    """Compute a part of a run's results and store it, with the hardware, or return the stored one.
 
     Raises `stopping.Stopped` if it is not stored and no time is left."""
     file = run.folder/f"{name}.json"
@@ -127,7 +127,7 @@ def checkpointed_part(
     if not file.exists():
         stopping.check_deadline()
         start = time.perf_counter() - (json.loads(files.read_verified(before)) if before.exists() else 0)
-        try: rows = make()
+        try: rows = [{"hardware": hardware(device())} | row for row in make()]
         except KeyboardInterrupt:
             files.write_text(before, json.dumps(time.perf_counter() - start), checksum=True)
             raise
