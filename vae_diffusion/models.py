@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'NORMALISATIONS', 'NETWORKS', 'WEIGHTS', 'rsample', 'kl_to_prior', 'VAE', 'unchecked', 'linear_layers',
-           'fully_connected', 'Residual', 'downsample', 'upsample', 'residual', 'count_parameters']
+           'InputNoise', 'has_random_layers', 'fully_connected', 'Residual', 'downsample', 'upsample', 'residual',
+           'count_parameters']
 
 # %% ../nbs/method/03_models.ipynb #674be08b
 import os, torch
@@ -85,11 +86,12 @@ class VAE(nn.Module, PyTorchModelHubMixin, paper_url="https://arxiv.org/abs/2310
         samples: int=1, # of z per image, averaged
         q: Normal=None, # [n,L,...], used instead of `encode(x)`
         eps: torch.Tensor=None, # [samples,n,L,...] standard normal, used instead of new draws
+        beta: float=1., # weight of the KL; 1 gives the ELBO
     ) -> torch.Tensor: # [n], nats
         "Estimate the ELBO of each image, with the exact KL. Raises as `encode` and `log_likelihood`."
         if q is None: q = self.encode(x)
         z = [rsample(q, generator) for _ in range(samples)] if eps is None else q.loc + q.scale*eps
-        return sum(self.log_likelihood(x, z) for z in z)/len(z) - self.kl(q)
+        return sum(self.log_likelihood(x, z) for z in z)/len(z) - beta*self.kl(q)
     forward = elbo
     def generate(self,
         n: int, # number of images
@@ -119,12 +121,28 @@ def linear_layers(
     *sizes: int, # in, hidden..., out
     activation: str="relu", # of `ACTIVATIONS`
     normalisation: str="none", # of `NORMALISATIONS`, before the activation
+    dropout: float=0., # probability, after the activation
 ) -> list: # of modules
-    "Make linear layers with normalisations and activations between them."
-    layers = []
+    "Make linear layers with normalisations, activations and dropout between them."
+    layers, dropped = [], [nn.Dropout(dropout)] if dropout else []
     for a, b in zip(sizes, sizes[1:-1]):
-        layers += [nn.Linear(a, b), *NORMALISATIONS[normalisation](b), ACTIVATIONS[activation]()]
+        layers += [nn.Linear(a, b), *NORMALISATIONS[normalisation](b), ACTIVATIONS[activation](), *dropped]
     return [*layers, nn.Linear(*sizes[-2:])]
+
+class InputNoise(nn.Module):
+    "Add Gaussian noise in training, and nothing otherwise."
+    def __init__(self,
+        std: float, # pixels in [0,1]
+    ):
+        super().__init__()
+        self.std = std
+    def forward(self, x): return x + self.std*torch.randn_like(x) if self.training else x
+
+def has_random_layers(
+    net: nn.Module, # any module
+) -> bool:
+    "Tell whether a network draws random numbers of its own in training."
+    return any(isinstance(m, (nn.Dropout, InputNoise)) for m in net.modules())
 
 # %% ../nbs/method/03_models.ipynb #cell025
 @float32()
@@ -135,12 +153,16 @@ def fully_connected(
     latent: int=16, # L
     activation: str="relu", # as in `linear_layers`
     normalisation: str="none", # as in `linear_layers`
+    dropout: float=0., # as in `linear_layers`
+    input_noise: float=0., # standard deviation of the noise that the encoder sees in training, pixels in [0,1]
 ) -> VAE:
     "Make a fully connected VAE, as the paper's for BinaryMNIST and FashionMNIST."
-    how, out = dict(activation=activation, normalisation=normalisation), (family.n_out, *shape[1:])
-    encoder = nn.Sequential(nn.Flatten(), *linear_layers(prod(shape), *hidden, 2*latent, **how))
+    how = dict(activation=activation, normalisation=normalisation) | ({"dropout": dropout} if dropout else {})
+    out, noise = (family.n_out, *shape[1:]), [InputNoise(input_noise)] if input_noise else []
+    encoder = nn.Sequential(*noise, nn.Flatten(), *linear_layers(prod(shape), *hidden, 2*latent, **how))
     decoder = nn.Sequential(*linear_layers(latent, *hidden[::-1], prod(out), **how), nn.Unflatten(1, out))
     again = {"shape": list(shape), "hidden": list(hidden), "latent": latent, **how}
+    if input_noise: again["input_noise"] = input_noise
     return VAE(encoder, decoder, family, (latent,), {"network": "fully_connected", "arguments": again})
 
 # %% ../nbs/method/03_models.ipynb #cell037

@@ -58,9 +58,11 @@ class Member:
 
     def load(self,
         lr: float, # Adam's step size
+        weight_decay: float=0., # of Adam
     ):
         "Make optimiser and state, from the checkpoint if it exists. Raises `ProjectError` for another run's."
-        self.opt, self.state = Adam(self.vae.parameters(), lr), Fit()
+        trained = [p for p in self.vae.parameters() if p.requires_grad]
+        self.opt, self.state = Adam(trained, lr, weight_decay), Fit()
         if self.vae.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to train it")
         self.file = self.folder and Path(self.folder)/"checkpoint.safetensors"
         if not self.file or not self.file.exists(): return
@@ -153,12 +155,12 @@ class BlockLoader:
         return self.held[i]
 
 # %% ../nbs/method/14_training.ipynb #cell036
-def _train_block(step, blocks, low, stop, rate):
+def _train_block(step, blocks, low, stop, rates):
     "Make the steps from `low` to `stop` or the end of the block, and return the losses before each."
     (i, first), losses = divmod(low, BLOCK_STEPS), []
     with matmul_precision("medium"):
         for x, eps in blocks.get(i)[first:first + stop - low]:
-            losses.append(step(x, eps, rate(low + len(losses))))
+            losses.append(step(x, eps, *rates(low + len(losses))))
     return losses
 
 def _measure_members(members, epoch, snapshot_epochs, bar):
@@ -180,18 +182,23 @@ def fit_stack(
     checkpoint_seconds: float=15., # between checkpoints, for each member; every evaluation writes one too
     compile: bool=False, # compile the step into one function, which takes 10 to 40 seconds and is then faster
     decay: bool=False, # let the step size fall linearly to 0 at the last step
+    weight_decay: float=0., # of Adam, decoupled from the gradient
+    kl_warmup: int=0, # effective epochs over which the weight of the KL rises linearly from 0 to 1
     progress: bool=True, # show a progress bar
 ) -> list: # of `Fit`
     """Maximise the ELBO of each member, resuming from its folder; members that are behind go first.
 
     Raises as `fit`.
     """
-    for m in members: m.load(lr)
+    for m in members: m.load(lr, weight_decay)
     states, vaes, group, saved = [m.state for m in members], [m.vae for m in members], None, time.monotonic()
     done = lambda epoch: -(-epoch*n_train//batch)
-    rate = lambda i: lr*(1 - i/done(epochs)) if decay else lr
+    def rates(i): # the step size and, while it is warmed up, the weight of the KL
+        rate = lr*(1 - i/done(epochs)) if decay else lr
+        return (rate, min(1., i/done(kl_warmup))) if kl_warmup else (rate,)
     total, seen = done(epochs)*batch*len(members), lambda: sum(s.step for s in states)*batch
-    for vae in vaes: vae.train()
+    for net in (net for vae in vaes for net in vae.children()):
+        net.train(any(p.requires_grad for p in net.parameters())) # a frozen one keeps BatchNorm's statistics
     with (unchecked(*vaes), stoppable(lambda: (seen(), total, "images")) as asked,
           progress_bar(total=total, initial=seen(), unit="image", unit_scale=True,
                        disable=not progress, leave=False) as bar):
@@ -201,7 +208,7 @@ def fit_stack(
                 if group != (behind := [m for m in members if m.state.step == low]):
                     group, step = behind, make_step(behind, levels, compile)
                     blocks = BlockLoader(group, batch, levels, group[0].opt.params[0].device)
-                losses = _train_block(step, blocks, low, done(epoch), rate)
+                losses = _train_block(step, blocks, low, done(epoch), rates)
                 if not asked and (i := low//BLOCK_STEPS + 1)*BLOCK_STEPS < done(epochs): blocks.make(i)
                 _record_losses(group, losses, start, n_train, batch)
                 bar.update(len(losses)*batch*len(group))
@@ -231,13 +238,15 @@ def fit(
     run: str="", # identity of the run, written into its checkpoint
     compile: bool=False, # compile the step into one function, which takes 10 to 40 seconds and is then faster
     decay: bool=False, # let the step size fall linearly to 0 at the last step
+    weight_decay: float=0., # of Adam, decoupled from the gradient
+    kl_warmup: int=0, # effective epochs over which the weight of the KL rises linearly from 0 to 1
     progress: bool=True, # show a progress bar
 ) -> Fit:
-    """Maximise the ELBO, resuming from `folder`.
+    """Maximise the ELBO, resuming from `folder`. Parameters that need no gradient stay as they are.
 
     Raises `ProjectError` for a loss that is not finite or the checkpoint of another run, `ValueError` if the
     VAE does not know its `latent_shape`, or as `Family.check`.
     """
     member = Member(vae, source, seed, evaluate, folder, run)
     return fit_stack([member], n_train, levels, epochs, batch, lr, eval_epochs, snapshot_epochs,
-                     checkpoint_seconds, compile, decay, progress)[0]
+                     checkpoint_seconds, compile, decay, weight_decay, kl_warmup, progress)[0]

@@ -12,18 +12,21 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.optim.adam import adam
 from .core.errors import ProjectError
 from .core.graphs import Graphed
+from .core.rng import seed_of
 from .levels import to_unit
+from .models import has_random_layers
 
 
 # %% ../nbs/method/13_training_step.ipynb #cell023
 class Adam:
-    "Optimise with Adam (Kingma and Ba 2015), without weight decay."
+    "Optimise with Adam (Kingma and Ba 2015), and decoupled weight decay (Loshchilov and Hutter 2019)."
     def __init__(
         self,
         params, # tensors to change in place
         lr: float, # step size
+        weight_decay: float=0., # each step shrinks the parameters by this times the step size
     ):
-        self.params, self.lr = list(params), lr
+        self.params, self.lr, self.weight_decay = list(params), lr, weight_decay
         self.m, self.v = ([torch.zeros_like(p) for p in self.params] for _ in "mv")
         self.steps = [torch.zeros((), device=p.device, dtype=torch.float32) for p in self.params]
 
@@ -31,13 +34,15 @@ class Adam:
     def step(self):
         "Make one step with the current gradients, and clear them."
         adam(self.params, [p.grad for p in self.params], self.m, self.v, [], self.steps, fused=True,
-             amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=0., eps=1e-8, maximize=False)
+             amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=self.weight_decay, eps=1e-8, maximize=False,
+             decoupled_weight_decay=True)
         for p in self.params: p.grad = None
 
-    def next(self): # scalar tensors: lr/(1−β₁ᵗ) and 1−β₂ᵗ
+    def next(self): # scalar tensors: lr/(1−β₁ᵗ), 1−β₂ᵗ, and the factor of the weight decay
         "Count a step that is made elsewhere, and return its rates."
         torch._foreach_add_(self.steps, 1)
-        return self.lr/(1 - 0.9**self.steps[0]), 1 - 0.999**self.steps[0]
+        kept = torch.ones_like(self.steps[0]) - self.lr*self.weight_decay
+        return self.lr/(1 - 0.9**self.steps[0]), 1 - 0.999**self.steps[0], kept
 
     def state(self): # name -> tensor, the tensors themselves
         "Return the moments and the numbers of steps, for a checkpoint."
@@ -47,34 +52,38 @@ class Adam:
 # %% ../nbs/method/13_training_step.ipynb #cell025
 def elbo_gradients(
     vae, # `models.VAE`
-    params: dict, # its parameters by name, detached; for a stack of models [M,...] each
-    buffers: dict, # its buffers (BatchNorm's statistics) by name, likewise; changed in place
+    params: dict, # its trained parameters by name, detached; for a stack of models [M,...] each
+    buffers: dict, # its other tensors by name (BatchNorm's statistics), likewise; changed in place
     levels: int, # number of levels of a pixel
     x: torch.Tensor, # uint8 [n,C,H,W], for a stack [M,n,C,H,W]
     eps: torch.Tensor, # [1,n,L,...] standard normal, for a stack [M,1,n,L,...]
+    beta=1., # weight of the KL, a number or a scalar tensor
 ) -> tuple: # the loss in nats per image, for a stack [M], and its gradients by name
     "Compute the mean negative ELBO of a batch and its gradients, for one model or each model of a stack."
     def negative_elbo(p, b, x, eps):
         b = {n: t.clone() for n, t in b.items()} # a differentiated function may change only its own tensors
-        return -functional_call(vae, (p, b), (to_unit(x, levels, check=False),), {"eps": eps}).mean(), b
+        how = {"eps": eps, "beta": beta}
+        return -functional_call(vae, (p, b), (to_unit(x, levels, check=False),), how).mean(), b
     f = grad_and_value(negative_elbo, has_aux=True)
     grads, (loss, b) = (vmap(f) if x.ndim == 5 else f)(params, buffers, x, eps)
     for n, t in buffers.items(): t.copy_(b[n])
     return loss, grads
 
 def compiled_step(
-    vae, # as in `elbo_gradients`, as are `levels`, `x` and `eps`
+    vae, # as in `elbo_gradients`, as are `levels`, `x`, `eps` and `beta`
     params: dict, # changed in place
     buffers: dict, # changed in place
     opt: Adam, # of these parameters; its moments are changed in place
-    rates: tuple, # scalar tensors: lr/(1−β₁ᵗ) and 1−β₂ᵗ
+    rates: tuple, # of `Adam.next`
     levels: int,
     x: torch.Tensor,
     eps: torch.Tensor,
+    beta=1.,
 ) -> torch.Tensor: # the loss before the step, nats per image
     "Make one step of Adam on the negative ELBO, in a form that can be compiled."
-    loss, grads = elbo_gradients(vae, params, buffers, levels, x, eps)
+    loss, grads = elbo_gradients(vae, params, buffers, levels, x, eps, beta)
     for p, g, m, v in zip(params.values(), grads.values(), opt.m, opt.v):
+        if opt.weight_decay: p.mul_(rates[2])
         m.lerp_(g, 0.1)
         v.mul_(0.999).addcmul_(g, g, value=0.001)
         p.sub_(rates[0]*m/((v/rates[1]).sqrt() + 1e-8))
@@ -106,14 +115,17 @@ def stack_tensors(lists) -> list: # of stacks [M,...]
         for t, part in zip(column, stack): t.data = part
     return stacks
 
-def collect_state(members) -> tuple: # parameters and buffers by name, Adam
-    "Collect what a step changes: parameters, buffers and optimiser, stacked if there are several members."
-    vae, opts = members[0].vae, [m.opt for m in members]
-    if len(members) == 1:
-        return {n: p.detach() for n, p in vae.named_parameters()}, dict(vae.named_buffers()), *opts
-    params = dict(zip(dict(vae.named_parameters()), stack_tensors([m.vae.parameters() for m in members])))
-    buffers = dict(zip(dict(vae.named_buffers()), stack_tensors([m.vae.buffers() for m in members])))
-    opt = Adam(params.values(), opts[0].lr)
+def collect_state(members) -> tuple: # trained parameters by name, other tensors by name, Adam
+    "Collect the tensors of a step and the optimiser, stacked if there are several members."
+    opts = [m.opt for m in members]
+    all_tensors = [dict(m.vae.named_parameters()) | dict(m.vae.named_buffers()) for m in members]
+    trained = [n for n, t in all_tensors[0].items() if t.requires_grad]
+    def collect(names):
+        if len(members) == 1: return {n: all_tensors[0][n].detach() for n in names}
+        return dict(zip(names, stack_tensors([[tensors[n] for n in names] for tensors in all_tensors])))
+    params, buffers = collect(trained), collect([n for n in all_tensors[0] if n not in trained])
+    if len(members) == 1: return params, buffers, *opts
+    opt = Adam(params.values(), opts[0].lr, opts[0].weight_decay)
     opt.m, opt.v = (stack_tensors([getattr(o, name) for o in opts]) for name in "mv")
     opt.steps = opts[0].steps
     for o in opts: o.steps = opt.steps
@@ -121,37 +133,48 @@ def collect_state(members) -> tuple: # parameters and buffers by name, Adam
 
 # %% ../nbs/method/13_training_step.ipynb #18017a29
 def make_step(members, levels, compile): # as in `training.fit_stack`; all members are at the same step
-    "Make a function (uint8 images, noise, step size) -> loss, for a stack [M], that makes one step."
+    """Make a function (uint8 images, noise, step size, weight of the KL) -> loss that makes one step.
+
+    For a stack the loss is [M]. Layers that draw random numbers, as dropout does, are seeded for each step;
+    raises `ProjectError` for a stack of them."""
     vae, (params, buffers, opt) = members[0].vae, collect_state(members)
-    done, on_gpu = int(opt.steps[0]), opt.params[0].is_cuda
-    def alone(x, eps):
-        loss = -vae.elbo(to_unit(x, levels, check=False), eps=eps).mean()
+    done, on_gpu, random = int(opt.steps[0]), opt.params[0].is_cuda, has_random_layers(vae)
+    if random and len(members) > 1: raise ProjectError(
+        "networks with dropout or noise draw random numbers of their own, and are trained one by one: "
+        "leave them out of the stack")
+    def alone(x, eps, *beta):
+        loss = -vae.elbo(to_unit(x, levels, check=False), None, 1, None, eps, *beta).mean()
         loss.backward()
         opt.step()
         return loss.detach()
-    def stacked(x, eps):
-        loss, grads = elbo_gradients(vae, params, buffers, levels, x, eps)
+    def stacked(x, eps, *beta):
+        loss, grads = elbo_gradients(vae, params, buffers, levels, x, eps, *beta)
         for p, g in zip(opt.params, grads.values()): p.grad = g.contiguous()
         opt.step()
         return loss
     run = plain = alone if len(members) == 1 else stacked
     if compile: # without layout_optimization, because channels last is slower on CPUs
         fast = torch.compile(compiled_step, dynamic=False, options={"layout_optimization": on_gpu})
-        run = lambda x, eps: fast(vae, params, buffers, opt, opt.next(), levels, x, eps)
+        run = lambda x, eps, *beta: fast(vae, params, buffers, opt, opt.next(), levels, x, eps, *beta)
     if on_gpu: opt.lr = torch.zeros((), device=opt.params[0].device, dtype=torch.float32) # the graph reads it
-    if compile and on_gpu: run = Graphed(run)
-    def step(x, eps, lr):
+    if compile and on_gpu and not random: run = Graphed(run)
+    def seeded(*inputs):
+        with torch.random.fork_rng(enabled=random):
+            if random: torch.manual_seed(seed_of("layers", members[0].seed, done))
+            return run(*inputs)
+    def step(x, eps, lr, beta=None):
         nonlocal run, done
         if on_gpu: opt.lr.fill_(lr)
         else: opt.lr = lr
-        try: loss = run(x, eps)
+        inputs = (x, eps) if beta is None else (x, eps, torch.tensor(beta, device=x.device))
+        try: loss = seeded(*inputs)
         except Exception as e:
             if run is plain or not on_gpu: raise
             why = f"{type(e).__name__}: {str(e)[:500]}"
             print(f"Compiling failed, training goes on without: {why}", flush=True)
             for t in opt.steps: t.fill_(done)
             run = plain
-            loss = run(x, eps)
+            loss = seeded(*inputs)
         done += 1
         return loss.clone() if on_gpu else loss # because the graph writes its memory again
     return step

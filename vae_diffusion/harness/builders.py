@@ -55,7 +55,8 @@ def build_vae(
             vae = models.residual(dataset.shape, likelihood, settings.nc, settings.mz)
         else:
             vae = models.fully_connected(dataset.shape, likelihood, settings.hidden, settings.latent,
-                                         settings.activation, settings.normalisation)
+                                         settings.activation, settings.normalisation,
+                                         settings.dropout, settings.input_noise)
     vae.autocast = torch.bfloat16 if settings.bf16 else None
     fast = settings.net == "residual" and device() == "cuda"
     return vae.to(device(), memory_format=torch.channels_last if fast else torch.preserve_format)

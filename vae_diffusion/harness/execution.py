@@ -64,9 +64,9 @@ CELLS = { # notebook -> the stages whose parameters it lists, further parameters
     "sample_bank": ("bank", "k ks minutes", ""),
     "measure_diffusion": (
         "bank train_vae measure_diffusion", "minutes", "dm_seen n_valid method strength seed epochs"),
-    "train_vae": ("bank train_vae", "k minutes", ""),
-    "measure_gaps": ("bank train_vae measure_gaps", "k minutes", ""),
-    "measure_encoder": ("bank train_vae measure_gaps", "k minutes", "gaps_at iwae_images"),
+    "train_vae": ("bank train_vae", "k decoder_of minutes", ""),
+    "measure_gaps": ("bank train_vae measure_gaps", "k decoder_of minutes", ""),
+    "measure_encoder": ("bank train_vae measure_gaps", "k decoder_of minutes", "gaps_at iwae_images"),
     "report": ("report", "", "")}
 
 # %% ../../nbs/harness/04_execution.ipynb #9a3b6401

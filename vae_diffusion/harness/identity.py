@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OF_VAES', 'decides', 'published_folder', 'published_weights_digest', 'reference_settings', 'partner_settings',
-           'vaes_needed', 'largest_k', 'stage_config', 'Run']
+           'pretrained_settings', 'vaes_needed', 'largest_k', 'stage_config', 'Run']
 
 # %% ../../nbs/harness/01_identity.ipynb #27000907
 import json, os
@@ -52,7 +52,7 @@ def published_weights_digest(settings: Settings) -> str: # of weights, network a
 # %% ../../nbs/harness/01_identity.ipynb #cf5ab9e4
 def reference_settings(settings: Settings) -> Settings:
     "Derive the settings of the VAE that judges samples: trained on real images for a few epochs."
-    plain = replace(settings, method="normal", strength=0., n_valid=0, seed=0)
+    plain = replace(settings, method="normal", strength=0., decoder_of="", n_valid=0, seed=0)
     return replace(plain, epochs=settings.quality_vae_epochs)
 
 # %% ../../nbs/harness/01_identity.ipynb #partner0
@@ -60,13 +60,19 @@ OF_VAES = "train_vae", "measure_gaps", "measure_encoder" # experiments whose res
 
 def partner_settings(settings: Settings) -> Settings:
     "Derive the settings of the VAE whose decoder is swapped in: DMaaPx for normal training, else normal."
-    return replace(settings, method="dmaapx" if settings.method == "normal" else "normal", strength=0.)
+    other = "dmaapx" if settings.method == "normal" else "normal"
+    return replace(settings, method=other, strength=0., decoder_of="")
+
+def pretrained_settings(settings: Settings) -> Settings:
+    "Derive the settings of the VAE whose decoder is kept while the encoder is trained on."
+    return replace(settings, method=settings.decoder_of, strength=0., decoder_of="")
 
 def vaes_needed(
     stage: str, # an experiment notebook
     settings: Settings, # all parameters
 ) -> list: # of `Settings`
-    "List the settings of the VAEs that an experiment measures or judges by."
+    "List the settings of the VAEs that an experiment measures, judges by, or begins with."
+    if stage == "train_vae": return [pretrained_settings(settings)] if settings.decoder_of else []
     if stage == "measure_diffusion": return [reference_settings(settings)]
     if stage == "measure_gaps": return [settings]
     return [settings, partner_settings(settings)] if stage == "measure_encoder" else []
@@ -94,6 +100,7 @@ def stage_config(
         own["gaps_at"] = [e for e in settings.gaps_at if e < settings.epochs] # whose weights are stored
         if not own["gaps_at"]: del own["gaps_at"]
         if config := METHODS[settings.method].config: own["source"] = config(settings.dataset)
+        if settings.decoder_of: own["pretrained"] = stage_config("train_vae", pretrained_settings(settings))
         if METHODS[settings.method].draws_on_bank:
             own |= {"k": settings.k, "bank": stage_config("bank", settings)}
     if stage == "measure_diffusion":

@@ -98,6 +98,7 @@ class DataSettings:
     method: str = param("normal", "where the training images come from", choices=METHODS, stage="train_vae")
     strength: float = param(0., "of a method that has one, such as the share of real images",
         low=0, stage="train_vae", unless=0.)
+    decoder_of: str = param("", "train the encoder alone, from the best weights of this method; empty: both")
     seed: int = param(0, "of initial weights, data order and training noise",
         low=0, high=2**31, stage="train_vae")
     k: int = param(2, "bank images used, over |D_train|, by a method that draws on a bank",
@@ -186,6 +187,10 @@ class NetworkSettings:
         choices=models.ACTIVATIONS, stage="train_vae", only="fully_connected", unless="relu")
     normalisation: str = param("none", "fully connected: of each hidden layer, before the activation",
         choices=models.NORMALISATIONS, stage="train_vae", only="fully_connected", unless="none")
+    dropout: float = param(0., "fully connected: dropout probability of each hidden layer, after the activation",
+        low=0, high=0.9, stage="train_vae", only="fully_connected", unless=0.)
+    input_noise: float = param(0., "fully connected: noise that the encoder sees, deviation of pixels in [0,1]",
+        low=0, high=10, stage="train_vae", only="fully_connected", unless=0.)
     nc: int = param(32, "residual: channels", high=2**16, stage="train_vae", only="residual")
     mz: int = param(1, "residual: latent channels on a grid of a quarter of the side",
         high=2**16, stage="train_vae", only="residual")
@@ -205,6 +210,10 @@ class TrainingSettings:
     lr: float = param(0.001, "Adam's step size, at the start if it falls",
         low=1e-08, high=1, stage="train_vae")
     lr_decay: bool = param(False, "it falls linearly to 0 at the last epoch", stage="train_vae", unless=False)
+    weight_decay: float = param(0., "of Adam, decoupled from the gradient",
+        low=0, high=100, stage="train_vae", unless=0.)
+    kl_warmup: int = param(0, "effective epochs over which the weight of the KL rises from 0 to 1",
+        low=0, high=100_000, stage="train_vae", unless=0)
     bf16: bool = param(False, "networks in bfloat16, likelihoods in float32 either way", stage="train_vae")
     compile: bool = param(False, "one compiled function a training step, half a minute at the start",
         stage="train_vae")

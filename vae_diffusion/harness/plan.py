@@ -31,9 +31,8 @@ def prerequisites(
     if run.stage == "sample_bank": return model
     vaes = [Run("train_vae", needed) for needed in identity.vaes_needed(run.stage, s)]
     if run.stage == "measure_diffusion": return [*model, *vaes]
-    if vaes: return vaes
-    banked = run.stage == "train_vae" and METHODS[s.method].draws_on_bank
-    return [Run("sample_bank", s)] if banked else []
+    if run.stage != "train_vae": return vaes
+    return [Run("sample_bank", s), *vaes] if METHODS[s.method].draws_on_bank else vaes
 
 # %% ../../nbs/harness/15_plan.ipynb #plan05
 def all_runs(

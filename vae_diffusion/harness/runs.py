@@ -67,7 +67,7 @@ def needs_compiler(
     run: Run, # of any experiment
 ) -> bool:
     "Tell whether a run still has to train a VAE, itself or as a prerequisite, with a compiled step."
-    trained = [run.settings] if run.stage == "train_vae" else vaes_needed(run.stage, run.settings)
+    trained = vaes_needed(run.stage, run.settings) + [run.settings]*(run.stage == "train_vae")
     return not run.done and any(s.compile and not Run("train_vae", s).done for s in trained)
 
 # %% ../../nbs/harness/03_runs.ipynb #cell010

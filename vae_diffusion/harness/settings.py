@@ -61,6 +61,10 @@ def validate_vae(
     if bool(meaning) != bool(settings.strength): raise ProjectError(
         f"strength is {settings.strength:g}, but the method {method} " +
         (f"needs one above 0: {meaning}" if meaning else "has none: set it to 0"))
+    if (other := settings.decoder_of) and (other not in METHODS or METHODS[other].strength): raise ProjectError(
+        f"decoder_of is {other!r}; choose one of {', '.join(m for m in METHODS if not METHODS[m].strength)}")
+    if METHODS[method].draws_on_decoder and not other: raise ProjectError(
+        f"the method {method} takes samples of a trained decoder: name the method of its VAE in decoder_of")
     if settings.net == "residual" and side % 4:
         raise ProjectError(f"side is {side}, but the residual network quarters it: choose a multiple of 4")
     if settings.likelihood == "bernoulli" and data.DATASETS[dataset].levels > 2:
