@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'by_variant', 'validated', 'scores', 'variants_figure', 'scores_markdown', 'variant_differences',
            'differences_markdown', 'image_counts', 'worth', 'worth_figure', 'by_run', 'correlation_within',
-           'runs_figure']
+           'runs_figure', 'way_figure']
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00002
 import matplotlib as mpl
@@ -17,6 +17,7 @@ from .results import LABELS, last_epoch
 from .style import COLORS, STYLE, add_key, add_means, draw_plot, set_log_ticks
 from ..metrics import student_interval
 from ..metrics.contrasts import holm, p_value
+from ..metrics.encoder import WAY
 from ..sources import METHODS
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00005
@@ -198,4 +199,20 @@ def runs_figure(
     fig = draw_plot(plot.label(y=label, **{f"x{i}": text for i, text in enumerate(xs.values())}), 2.6, title)
     shown = [m for m in METHODS if m in {*runs.method}]
     add_key(fig, {LABELS[m]: {"color": COLORS[m], "ls": "", "marker": "o"} for m in shown})
+    return fig
+
+# %% ../../nbs/harness/20_controls.ipynb #ctl00026
+@mpl.rc_context(STYLE)
+def way_figure(
+    table: pd.DataFrame, # tidy results of measure_encoder, with `variant`
+    title: str="", # over the figure
+): # -> `Figure`
+    "Draw log q on the way from one image's latent to half-way to another's (higher is better)."
+    t = scores(table, [f"log_q_{percent:g}" for percent in WAY]).dropna(subset="mean")
+    t = t.assign(percent=t.metric.str.removeprefix("log_q_").astype(float))
+    plot = so.Plot(t, x="percent", color="method").add(so.Line(), y="mean", legend=False)
+    plot = plot.add(so.Band(), ymin="low", ymax="high", legend=False).scale(color=COLORS)
+    plot = plot.label(x="of the way to the other image's latent / %", y="log q / nats\n(higher is better)")
+    fig = draw_plot(plot, 2.4, title, width=4.5)
+    add_key(fig, {LABELS[m]: {"color": COLORS[m]} for m in METHODS if m in {*t.method}})
     return fig
