@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'by_variant', 'validated', 'scores', 'variants_figure', 'scores_markdown', 'variant_differences',
            'differences_markdown', 'image_counts', 'worth', 'worth_figure', 'by_run', 'correlation_within',
-           'runs_figure', 'way_figure']
+           'runs_figure', 'way_figure', 'nearness_figure']
 
 # %% ../../nbs/harness/20_controls.ipynb #ctl00002
 import matplotlib as mpl
@@ -14,7 +14,7 @@ import pandas as pd
 import seaborn.objects as so
 from .comparisons import compare, mean_over_runs
 from .results import LABELS, last_epoch
-from .style import COLORS, STYLE, add_key, add_means, draw_plot, set_log_ticks
+from .style import COLORS, REAL, STYLE, add_key, add_means, draw_plot, set_log_ticks
 from ..metrics import student_interval
 from ..metrics.contrasts import holm, p_value
 from ..metrics.encoder import WAY
@@ -215,4 +215,24 @@ def way_figure(
     plot = plot.label(x="of the way to the other image's latent / %", y="log q / nats\n(higher is better)")
     fig = draw_plot(plot, 2.4, title, width=4.5)
     add_key(fig, {LABELS[m]: {"color": COLORS[m]} for m in METHODS if m in {*t.method}})
+    return fig
+
+# %% ../../nbs/harness/20_controls.ipynb #ctl00029
+@mpl.rc_context(STYLE)
+def nearness_figure(
+    distances: dict, # samples, test images, training images -> [n], to the nearest other training image
+    mark: float, # below which an image counts as a near-copy
+    title: str="", # over the figure
+): # -> `Figure`
+    "Draw the cumulative distributions of distances to the training images."
+    rows = [{"images": name, "distance": float(d), "share": 100*(i + 1)/len(found)}
+            for name, found in distances.items() for i, d in enumerate(sorted(found))]
+    looks = {"samples": COLORS["dmaapx"], "test images": REAL, "training images": "0.6"}
+    plot = so.Plot(pd.DataFrame(rows), x="distance", y="share", color="images").scale(color=looks)
+    plot = plot.add(so.Line(), legend=False)
+    plot = plot.label(x="distance to the nearest other training image, pixels in [0,1]", y="nearer images / %")
+    fig = draw_plot(plot, 2.6, title)
+    fig.axes[0].axvline(mark, color="0.6", ls=":")
+    add_key(fig, {name: {"color": color} for name, color in looks.items()} |
+            {"near-copies lie left of this": {"color": "0.6", "ls": ":"}})
     return fig
