@@ -196,7 +196,7 @@ def differences(
     labels: dict=LABELS, # method -> label, in the order of the columns
     metrics=(*RESULT, "robustness_gap_sample"), # the rows
 ) -> str: # Markdown
-    "Write the differences of all methods to one of them, a row a metric."
+    "Write the differences of all methods from one of them, a row a metric."
     methods = [m for m in labels if m != against and m in set(table.method)]
     lines = ["| | " + " | ".join(labels[m] for m in methods) + " |", "|---|" + "---:|"*len(methods)]
     for metric in metrics:
