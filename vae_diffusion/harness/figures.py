@@ -102,8 +102,9 @@ def draw_scores(
         ax.set_title(f"{about.label} / {about.unit}\n{BETTER[about.better]}" if row == rows[0] else "")
         if metric == [*PANELS][0]:
             ax.set_ylabel(textwrap.fill(row, 15))
-            for label in set(labels) - set(found.label[found.row == row]):
-                ax.annotate("not run", (.5, labels.index(label)), xycoords=("axes fraction", "data"),
+            run = set(found.label[found.row == row])
+            for at in [at for at, label in enumerate(labels) if label not in run]:
+                ax.annotate("not run", (.5, at), xycoords=("axes fraction", "data"),
                             ha="center", va="center", color="0.3")
         for label, text in zip(t.label, t.paper):
             ax.annotate(text, (1, labels.index(label)), xycoords=("axes fraction", "data"),
