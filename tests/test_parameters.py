@@ -1,7 +1,6 @@
 "How parameters reach an experiment: what counts, and how it may be spelt."
 
 import os
-import re
 import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ import pytest
 from conftest import ROOT, run
 from vae_diffusion import models
 from vae_diffusion.core import files
-from vae_diffusion.harness import builders, results, studies
+from vae_diffusion.harness import builders, pages, results, studies
 from vae_diffusion.harness.identity import Run
 from vae_diffusion.harness.settings import Settings, load_params
 
@@ -126,8 +125,7 @@ def test_scale_paper_trains_no_diffusion_model(dataset):
 def test_scale_paper_states_how_good_its_diffusion_model_is(dataset):
     "As the model's card and the stored study have it."
     s, text = load_params(dataset, "paper"), (ROOT / f"nbs/experiments/params/{dataset}-paper.yaml").read_text()
-    seen = re.search(r"\| images seen \| ([\d,]+) \|", (builders.weights_folder(s) / "README.md").read_text())[1]
-    assert f" saw {seen} images, the paper's 200 million" in text
+    assert f" saw {pages.images_seen(s):,} images, the paper's 200 million" in text
     study = f"{dataset}-diffusion" if s.weights == "published" else f"{dataset}-quality"
     table = studies.load_published_study(study)
     judged = {label: run.settings for label, run in studies.load_study(study).runs()}

@@ -100,7 +100,12 @@ def draw_scores(
         about = PANELS[metric]
         t = found[(found.row == row) & (found.metric == metric) & found.paper.fillna("").ne("")]
         ax.set_title(f"{about.label} / {about.unit}\n{BETTER[about.better]}" if row == rows[0] else "")
-        if metric == [*PANELS][0]: ax.set_ylabel(textwrap.fill(row, 15))
+        if metric == [*PANELS][0]:
+            ax.set_ylabel(textwrap.fill(row, 15))
+            run = set(found.label[found.row == row])
+            for at in [at for at, label in enumerate(labels) if label not in run]:
+                ax.annotate("not run", (.5, at), xycoords=("axes fraction", "data"),
+                            ha="center", va="center", color="0.3")
         for label, text in zip(t.label, t.paper):
             ax.annotate(text, (1, labels.index(label)), xycoords=("axes fraction", "data"),
                         va="center", **beside)
@@ -177,7 +182,8 @@ def elbo_against_k(
                       y="test ELBO / nats per image\n(higher is better)")
     fig = draw_plot(plot, 2.6, title)
     set_log_ticks(fig.axes[0].xaxis, sorted(t.k.unique()))
-    add_key(fig, {label: {"color": color, "ls": style} for label, (color, style) in looks.items()})
+    key = {label: {"color": color, "ls": style} for label, (color, style) in looks.items()}
+    add_key(fig, key | {"95 % interval": {"lw": 4, "alpha": .4}})
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #33ab4635

@@ -81,8 +81,10 @@ class Player:
         png, said = self.picture.draw(**{name: control.value for name, control in self.controls.items()})
         source = base64.b64encode(png).decode()
         self.shown.value = f'<img style="max-width: 100%" alt="{said}" src="data:image/png;base64,{source}">'
-        self.still = {"image/png": source, "text/plain": said}
-    def _repr_mimebundle_(self, **options): return self.box._repr_mimebundle_(**options) | self.still
+        self.still = {"image/png": source, "text/plain": said}, {"image/png": {"alt": said}}
+    def _repr_mimebundle_(self, **options):
+        data, metadata = self.still
+        return self.box._repr_mimebundle_(**options) | data, metadata
 
 # %% ../../nbs/harness/19_play.ipynb #play0012
 def one_of_each(

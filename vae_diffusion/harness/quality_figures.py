@@ -123,7 +123,7 @@ def quality_figure(
     for ax, (what, better) in zip(axes, titles.items()): ax.set_title(f"{what}\n({better})")
     for ax in axes[:3]: ax.set(xlabel="effective epoch", xlim=(0, None))
     axes[1].set_ylim(.45, None)
-    axes[3].set(xlabel="distance in [0,1] pixels", ylabel="share of images")
+    axes[3].set(xlabel="distance, pixels in [0,1]", ylabel="share of images")
     key = {"test images": {"color": REAL}, "training images": {"color": REAL, "ls": "--"}}
     key |= {name: {"color": c, "marker": m, "ls": s, "ms": 4} for name, (c, m, s) in looks.items()}
     add_key(fig, key, 4 if len(key) < 5 else 3)

@@ -130,7 +130,7 @@ def solver_differences(
     table: pd.DataFrame, # tidy results with `variant`, such as "multistep 8"
     reference: str=solver_study.PAPER, # the variant that the others are compared with
 ) -> str: # Markdown
-    "Write differences to a solver in test ELBO and generalization gap, paired by seed, with 95 % intervals."
+    "Write differences from a solver in test ELBO and generalization gap, paired by seed, with intervals."
     metrics = "elbo_test", "generalization_gap"
     found = {m: solver_study.paired_differences(table, m, reference) for m in metrics}
     rows = {name: {"evaluations": int(r.evaluations)} for name, r in found["elbo_test"].iterrows()}

@@ -45,12 +45,6 @@ def lead(text, folder, site):
     return "".join(part if i % 2 else LINK.sub(new, part) for i, part in enumerate(parts))
 
 
-def words(picture):
-    "What a stored picture shows."
-    said = picture["metadata"].get("image/png", {}).get("alt") or "".join(picture["data"].get("text/plain", "<"))
-    return "figure" if said.startswith("<") else said
-
-
 def staged(cell, folder, site):
     "The cells by which the site shows a cell: what nobody should see is left out, and each picture has its words."
     source = "".join(cell["source"])
@@ -69,7 +63,7 @@ def staged(cell, folder, site):
         if text := data.get("text/markdown"):
             data["text/markdown"] = lead("".join(text), folder, site)
         if "image/png" in data:
-            meta["mystnb"] = {"image": {"alt": words(output)}}
+            meta["mystnb"] = {"image": {"alt": output["metadata"]["image/png"]["alt"]}}
         shown.append({**cell, "id": f"{cell['id']}-{number}", "metadata": meta, "outputs": [output]})
     return shown
 
