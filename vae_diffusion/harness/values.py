@@ -13,7 +13,7 @@ import torch
 from ..core import files, paths
 
 # %% ../../nbs/harness/07_values.ipynb #contr005
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def _read(file, changed): return files.load_tensors(file)[0]
 
 def read_values(
