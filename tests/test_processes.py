@@ -3,9 +3,11 @@
 Rounding alone may differ: sums over a batch are taken in another order, and Muon rounds its matrices to bfloat16.
 """
 
+import csv
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -14,6 +16,7 @@ from dataclasses import replace
 import forks
 import pytest
 import torch
+from conftest import ROOT, run
 from diffusers import UNet2DModel  # noqa: F401, so that no fork need import it
 from safetensors.torch import load_file
 from vae_diffusion import data, diffusion, diffusion_training
@@ -23,6 +26,7 @@ from vae_diffusion.recipe import Recipe
 
 RECIPE = Recipe(batch=32, lr=2e-3, warmup_images=300, ema_halflife_images=200, p_mean=-0.8, sigma_data=0.75)
 STEPS = 20
+PAGE = json.loads((ROOT / "nbs/gpu.ipynb").read_text())
 
 
 def started(count, work, log):
@@ -161,3 +165,27 @@ def test_what_one_process_does_is_refused_to_several(tmp_path):
     for process in started(2, work, tmp_path / "run"):
         process.join(100)
     assert "ProjectError: train_vae runs in one process, and 2 were started" in (tmp_path / "run-0.log").read_text()
+
+
+def test_the_command_for_several_gpus(tmp_path):
+    "That of the page, by two processes on CPUs; those who start it see nothing of ours."
+    if not (ROOT / "build/launch/ready").exists():
+        pytest.skip("needs accelerate: make build/launch/ready")
+    text = "".join(next(c for c in PAGE["cells"] if "accelerate launch" in "".join(c["source"]))["source"])
+    install, command = re.search("```\n(pip.*)\n((?s:accelerate.*?))\n```", text).groups()
+    assert f"--target build/launch {install.removeprefix('pip install ')}\n" in (ROOT / "Makefile").read_text()
+    changed = {"_processes 8": "_processes 2", "out-": f"{tmp_path}/out-", "fashion_mnist-paper": "digits-smoke"}
+    for before, after in changed.items():
+        assert before in command
+        command = command.replace(before, after)
+    env = {
+        "PATH": f"{ROOT}/build/launch/bin:{os.environ['PATH']}",
+        "PYTHONPATH": f"{ROOT}/build/launch",
+        "VAE_DIFFUSION_RUNS": str(tmp_path / "runs"),
+    }
+    said = run("bash", "-c", command, env=os.environ | env, timeout=300)
+    copies = [json.loads((tmp_path / f"out-{rank}.ipynb").read_text()) for rank in (0, 1)]
+    printed = ["".join(o.get("text", "")) for c in copies for cell in c["cells"] for o in cell.get("outputs", [])]
+    assert not said and sum("| bound on log p, test images " in text for text in printed) == 2
+    with open(next(tmp_path.glob("runs/*/train_diffusion-*/metrics.csv"))) as f:
+        assert {row["hardware"].split()[0] for row in csv.DictReader(f)} == {"2"}
