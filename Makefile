@@ -56,7 +56,7 @@ reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
 # Everything that CI checks; in a browser too, where there is Chromium.
-test: $(BIN)/ready build/site-tools/ready $(if $(shell command -v chromium),build/browser/ready)
+test: $(BIN)/ready build/site-tools/ready build/launch/ready $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -91,6 +91,11 @@ bench: $(BIN)/ready build/bench/ready
 
 build/bench/ready: $(BIN)/ready
 	$(BIN)/$(PIP_INSTALL) --no-deps --target build/bench pythae==0.1.2 torchmetrics==1.9.0 lightning-utilities==0.15.3
+	touch $@
+
+# Starts a training on several GPUs, in tests/test_processes.py.
+build/launch/ready: $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/launch accelerate==1.15.0
 	touch $@
 
 # Drives the Chromium of this machine, in tests/test_browser.py (150 MB). make test makes it where there is a Chromium.

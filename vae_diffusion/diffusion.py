@@ -68,11 +68,13 @@ def denoising_loss(
     generator, # on the device of x
     p_mean: float=-1.2, # mean of ln σ
     p_std: float=1.2, # standard deviation of ln σ
+    part: slice=slice(None), # of the images, whose loss is computed; noise is drawn for all
 ): # -> [n], weighted mean squared error per pixel; a network that returns 0 scores about 1
     "Draw noise and compute EDM's loss of each image: Karras et al. 2022, equations 2 and 8, table 1."
     draw = lambda *shape: torch.randn(shape, generator=generator, device=x.device, dtype=torch.float32)
     sigma = (p_mean + p_std*draw(len(x))).exp()
     noisy = x + sigma.reshape(-1, 1, 1, 1)*draw(*x.shape)
+    x, sigma, noisy = x[part], sigma[part], noisy[part]
     weight = (sigma**2 + denoiser.sigma_data**2)/(sigma*denoiser.sigma_data)**2
     return weight*(denoiser(noisy, sigma) - x).square().mean((1, 2, 3))
 

@@ -15,13 +15,12 @@ import pandas as pd
 import torch
 import re
 from .. import training_step
-from ..core import files, locks, stopping
+from ..core import files, locks, processes, stopping
 from ..core.errors import ProjectError
 from .identity import OF_VAES, Run, vaes_needed
 from .settings import Settings
 from .tables import COLUMNS, read_table
 from ..sources import METHODS
-
 
 # %% ../../nbs/harness/03_runs.ipynb #cell016
 def device() -> str: # "cuda" or "cpu"
@@ -32,13 +31,14 @@ def device() -> str: # "cuda" or "cpu"
 def hardware(
     device="cpu", # where the run computes
 ) -> str:
-    "Name what computes: the GPU, or the CPU with the number of threads used."
-    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
+    "Name what computes: how many GPUs, or the CPU with the number of threads used and of processes."
+    several = f"{processes.count()} × " if processes.count() > 1 else ""
+    if torch.device(device).type == "cuda": return several + torch.cuda.get_device_name(device)
     info, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {threads} {'thread' if threads == 1 else 'threads'}"
+    return f"{several}{name}, {threads} {'thread' if threads == 1 else 'threads'}"
 
 # %% ../../nbs/harness/03_runs.ipynb #cell027
 def machine_name() -> str: # for a file name
@@ -99,16 +99,20 @@ def open_run(
 ) -> Run:
     """Create the run's folder, lock it until the run is finished, and store the configuration.
 
-    This process keeps the memory that it frees. Raises as `require_runnable` and `verify_config`, and
+    This process keeps the memory that it frees. Of several, the main one works in the folder. Raises as
+    `require_runnable` and `verify_config`, `ProjectError` for several processes at what one does alone, and
     `stopping.Stopped` if the run is not done and no time is left."""
     retain_freed_memory()
     run = Run(stage, settings)
+    if stage != "train_diffusion" and processes.count() > 1: raise ProjectError(
+        f"{stage} runs in one process, and {processes.count()} were started: start it without a launcher")
     require_runnable(run)
     if not run.done:
         stopping.check_deadline()
-        locks.acquire(run.folder)
+        if processes.is_main(): locks.acquire(run.folder)
+    processes.wait()
     if os.path.exists(run.folder/"config.json"): verify_config(run)
-    elif not run.done:
+    elif processes.is_main() and not run.done:
         record = {"config": run.config, "settings": asdict(settings), "environment": environment()}
         files.write_text(run.folder/"config.json", json.dumps(record, indent=1))
     return run
