@@ -114,9 +114,9 @@ oldest:
 # Trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`.
 weights: $(BIN)/ready
 	@mkdir -p runs
-	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 \
+	TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/$(PAPERMILL) --stdout-file - --stderr-file - \
 	  nbs/experiments/train_diffusion.ipynb runs/train_diffusion.ipynb \
-	  -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
+	  -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml \
 	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
 PUBLISHED = $(DATASET)$(if $(filter paper,$(SCALE)),-paper)
@@ -178,7 +178,8 @@ build/site-tools/ready: workflow/site/requirements.txt $(BIN)/ready
 clean:
 	rm -rf .venv runs .snakemake build *.egg-info
 
-$(BIN)/ready: requirements.lock requirements-torch.txt
+# Kernels get a configuration that keeps them silent unless there is an error: papermill's command has no option for it.
+$(BIN)/ready: requirements.lock requirements-torch.txt workflow/ipython_kernel_config.json
 	$(PYTHON) -c "import sys; \
 	  sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	@$(if $(MOVED),echo "This checkout was moved: making its environment again")
@@ -187,4 +188,5 @@ $(BIN)/ready: requirements.lock requirements-torch.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(BIN)/$(PIP_INSTALL) -r requirements-torch.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	mkdir -p .venv/etc/ipython && cp workflow/ipython_kernel_config.json .venv/etc/ipython
 	touch $@
