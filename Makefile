@@ -56,7 +56,7 @@ reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
 # Everything that CI checks; in a browser too, where there is Chromium.
-test: $(BIN)/ready build/site-tools/ready $(if $(shell command -v chromium),build/browser/ready)
+test: $(BIN)/ready build/site-tools/ready build/parquet/ready $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -98,6 +98,12 @@ build/browser/ready: $(BIN)/ready
 	$(BIN)/$(PIP_INSTALL) --no-deps --target build/browser playwright==1.65.2 pyee==13.0.1
 	touch $@
 
+# Reads what a bank writes for others, in tests/test_parquet.py (180 MB).
+build/parquet/ready: $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/parquet pyarrow==26.0.1 datasets==5.2.0 dill==0.4.1 \
+	  multiprocess==0.70.19 xxhash==4.1.0
+	touch $@
+
 try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(PAPERMILL) --stdout-file - \
   nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
 # The pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB):
@@ -105,7 +111,7 @@ try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(
 oldest:
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play]'
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play,parquet]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p scale smoke -p method dmaapx
 	$(call try,measure_diffusion) -p scale smoke -p weights trained
