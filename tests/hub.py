@@ -47,15 +47,15 @@ class Hub(BaseHTTPRequestHandler):
             head = re.match("---\n(.*?\n)---\n", json.loads(body)["content"], re.S)
             errors = [] if head and yaml.safe_load(head[1]) else [{"message": "no metadata"}]
             return self.answer(400 if errors else 200, {"errors": errors, "warnings": []})
-        if found := re.fullmatch("/(.+)[.]git/info/lfs/objects/batch", path):
-            objects = [o | {"actions": {"upload": {"href": f"{address}/lfs/{o['oid']}"}}} for o in json.loads(body)["objects"]]
+        if path.endswith(".git/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            for o in objects:
+                o["actions"] = {"upload": {"href": f"{address}/lfs/{o['oid']}"}}
             return self.answer(200, {"transfer": "basic", "objects": objects})
         if found := re.fullmatch("/api/models/(.+)/preupload/main", path):
-            modes = [f["path"].endswith(".safetensors") for f in json.loads(body)["files"]]
-            files = [
-                {"path": f["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False}
-                for f, large in zip(json.loads(body)["files"], modes)
-            ]
+            files = json.loads(body)["files"]
+            for f in files:
+                f |= {"uploadMode": "lfs" if f["path"].endswith(".safetensors") else "regular", "shouldIgnore": False}
             return self.answer(200, {"files": files})
         if found := re.fullmatch("/api/models/(.+)/commit/main", path):
             files = self.server.files[found[1]]

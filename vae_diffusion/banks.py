@@ -248,6 +248,7 @@ tags:
 
 ```python
 from datasets import load_dataset
+# this folder, or its name on the Hub
 images = load_dataset(".", split="train")["image"]
 ```
 

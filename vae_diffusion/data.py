@@ -389,5 +389,6 @@ def keep_own(
     note = {"levels": dataset.levels, "shape": dataset.shape, "n_train": len(dataset.train),
             "n_test": len(dataset.test), "classes": 1 + int(max(y.max() for y in [*tensors.values()][2:]))}
     known = [files.digest(t.numpy().tobytes()) for t in tensors.values()]
-    files.save_tensors(own_file(dataset.name), tensors, note | {"digest": files.digest([note, known]), "augment": augment})
+    note |= {"digest": files.digest([note, known]), "augment": augment}
+    files.save_tensors(own_file(dataset.name), tensors, note)
     return dataset

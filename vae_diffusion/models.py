@@ -263,7 +263,8 @@ VAE._hub_mixin_inject_config = True # `config` is handed to `_from_pretrained`
 # %% ../nbs/method/03_models.ipynb #hubcard2
 CITATION = """```bibtex
 @article{xiao2024note,
-  title = {A Note on Generalization in Variational Autoencoders: How Effective Is Synthetic Data \\& Overparameterization?},
+  title = {A Note on Generalization in Variational Autoencoders: How Effective Is Synthetic Data \\&
+    Overparameterization?},
   author = {Xiao, Tim Z. and Zenn, Johannes and Bamler, Robert},
   journal = {Transactions on Machine Learning Research},
   year = {2024},

@@ -102,7 +102,7 @@ def diffusion_rows(
 
 # %% ../../nbs/harness/06_measurements.ipynb #cardfct2
 def quality_facts(
-    table: pd.DataFrame, # rows of one diffusion model, from `diffusion_rows` or of studies, by whose variants it differs
+    table: pd.DataFrame, # rows of one diffusion model: from `diffusion_rows`, or of studies with variants
 ) -> dict: # what is said -> text, for `pipelines.model_card`
     "Describe the quality of a diffusion model at the end of its training."
     by = ["metric", *table.columns.intersection(["variant"])]
