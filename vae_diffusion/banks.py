@@ -224,7 +224,8 @@ def bank_card(
     "Write the card of a data set of samples: what drew them and how, and what to cite."
     identity = bank.manifest["identity"]
     facts = {k: v for k, v in identity.items() if k not in ("sampler", "scheduler", "batch", "shard")}
-    rows = {"images": f"{count:,}"} | about | identity["sampler"] | facts
+    sampler = {"solver": "heun", "steps": 18} | identity["sampler"] # the defaults of `sampling.EDMPipeline`
+    rows = {"images": f"{count:,}"} | about | sampler | facts
     table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
     top = identity["levels"] - 1
     return f"""---
