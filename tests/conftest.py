@@ -54,6 +54,8 @@ LONG = {  # seconds of the longest tests on one core
     "test_the_wheel_works_without_the_checkout": 14,
     "test_a_model_is_drawn_from_where_nothing_of_ours_is_installed": 13,
     "test_links_of_the_site_lead_somewhere": 50,
+    "test_models_go_to_the_hub_and_come_back": 25,
+    "test_datasets_reads_what_a_bank_holds": 8,
 }
 WITHOUT_DATA = pytest.mark.skip(
     reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "

@@ -242,7 +242,7 @@ tags:
 |---|---|
 {table}
 
-`weights` is the digest of the diffusion model. An image has {top + 1} levels, which lie evenly between 0 and 255:
+`weights` is the digest of the diffusion model. An image has {top + 1} levels, evenly between 0 and 255:
 `round(pixel/255*{top})` is the level.
 
 ## Use

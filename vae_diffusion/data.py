@@ -247,7 +247,8 @@ def own_info(
     if not own_file(name).exists(): raise KeyError(name)
     try:
         with safe_open(own_file(name), "np") as file: note = json.loads(file.metadata()["note"])
-        given = {"shape": tuple(note["shape"]), "augment": DATASETS[note.get("augment", "fashion_mnist")].augment}
+        like = DATASETS[note.get("augment", "fashion_mnist")]
+        given = {"shape": tuple(note["shape"]), "augment": like.augment}
         return DatasetInfo(name, partial(own_images, name), **note | given)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e: raise ProjectError(
         f"{own_file(name)} cannot be read ({e}): register the data set again") from e
@@ -358,12 +359,14 @@ def register(
     """Make a data set of images of your own, known by its name from then on, as the published ones are.
 
     The images are copied to `runs/datasets`, in place of those that had this name. Raises `ProjectError` for
-    an unfit name, mixed or unfit sizes, channels, types, levels or labels, for too few images, and for `augment`."""
+    an unfit name, mixed or unfit sizes, channels, types, levels or labels, for too few images, and for an
+    unknown `augment`."""
     if not re.fullmatch("[a-z0-9_]+", name) or name in [*DATASETS]: raise ProjectError(
         f"a data set cannot be named {name!r}: choose lower-case letters, digits and underscores, "
         f"and none of {', '.join(DATASETS)}")
-    if augment not in [*DATASETS]: raise ProjectError(f"{name}: augment is {augment!r}: choose the data set whose "
-        f"augmentations suit your images, {', '.join(DATASETS)}")
+    if augment not in [*DATASETS]: raise ProjectError(
+        f"{name}: augment is {augment!r}: choose the data set whose augmentations suit your images, "
+        f"{', '.join(DATASETS)}")
     classes = []
     x, y = read_part(f"{name}: images", images, labels, levels, classes)
     if test is None:

@@ -230,7 +230,8 @@ def _from_pretrained(
     **where, # what `hf_hub_download` takes, such as revision
 ) -> VAE: # in evaluation mode
     "Make the networks and load the weights. Raises `ProjectError` if one of the two files is none of a VAE."
-    def find(name): return Path(model_id)/name if os.path.isdir(model_id) else hf_hub_download(model_id, name, **where)
+    def find(name):
+        return Path(model_id)/name if os.path.isdir(model_id) else hf_hub_download(model_id, name, **where)
     try:
         if config is None: raise OSError("there is no config.json")
         make, arguments = NETWORKS[config["network"]], config["arguments"]
@@ -253,8 +254,8 @@ def from_pretrained(
     try: return super(VAE, cls).from_pretrained(name, **options)
     except (OSError, ValueError) as e:
         place = "" if os.path.isdir(name) else "is no folder, and "
-        raise ProjectError(f"{name} {place}holds no VAE that can be read ({type(e).__name__}: {e}): name a folder "
-            "that `save_pretrained` wrote, or a repository on the Hub, such as user/model") from e
+        raise ProjectError(f"{name} {place}holds no VAE that can be read ({type(e).__name__}: {e}): "
+            "name a folder that `save_pretrained` wrote, or a repository on the Hub, as user/model") from e
 
 VAE._save_pretrained, VAE._from_pretrained = _save_pretrained, classmethod(_from_pretrained)
 VAE.from_pretrained = classmethod(from_pretrained)
@@ -272,8 +273,8 @@ CITATION = """```bibtex
 }
 ```
 
-Its first version is [arXiv:2310.19653](https://arxiv.org/abs/2310.19653), *Upgrading VAE Training With Unlimited Data
-Plans Provided by Diffusion Models*.
+Its first version is [arXiv:2310.19653](https://arxiv.org/abs/2310.19653), *Upgrading VAE Training With
+Unlimited Data Plans Provided by Diffusion Models*.
 """
 
 
@@ -313,7 +314,7 @@ images = vae.generate(8).mean # [8,C,H,W] in [0,1]
 def generate_model_card(
     self: VAE,
     name: str=".", # that `from_pretrained` is to take
-    card: str=None, # Markdown, as of `vae_card`; None: the one with which the VAE was loaded, or what `config` says
+    card: str=None, # as of `vae_card`; None: the one with which the VAE was loaded, or what `config` says
 ) -> ModelCard:
     "Return the model card."
     if not (card or self.card):

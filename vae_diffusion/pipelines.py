@@ -194,7 +194,7 @@ def load_pipeline(
         levels = EDMPipeline.load_config(folder)["levels"]
         kind = CompiledPipeline if compiled else EDMPipeline
         pipe = kind(net, scheduler, levels).to(device)
-        pipe.register_to_config(_name_or_path=str(folder)) # as diffusers does: `push_to_hub` finds the card there
+        pipe.register_to_config(_name_or_path=str(folder)) # as diffusers does, where the card is
     except Exception as e: raise ProjectError(
         f"{folder} cannot be read ({type(e).__name__}: {e}). "
         "Restore it from git, or train it again with the train_diffusion notebook.") from e

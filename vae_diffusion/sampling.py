@@ -204,8 +204,8 @@ def _beside(
         file = Path(where)/name if os.path.isdir(where) else hf_hub_download(str(where), name)
         return Path(file).read_text(encoding="utf-8")
     except (OSError, TypeError, ValueError) as e: raise ProjectError(
-        f"there is no {name} beside this model, loaded from {where} ({type(e).__name__}): write it to a folder with "
-        "pipelines.save_pipeline and a card, and load it from there before you push it") from e
+        f"there is no {name} beside this model, loaded from {where} ({type(e).__name__}): write it to "
+        "a folder with pipelines.save_pipeline and a card, and load it from there before you push it") from e
 
 def _upload_folder(
     self: EDMPipeline, # loaded from a folder that `pipelines.save_pipeline` wrote, or from the Hub
@@ -213,14 +213,16 @@ def _upload_folder(
     repo_id: str, # such as user/model
     **options, # as diffusers hands them on
 ):
-    "Upload a model with its own card, in which its name stands, its code, and no folder's name. Raises as `_beside`."
+    "Upload a model with its code and its card, in which its name stands. Raises as `_beside`."
     where = self.name_or_path
     card, code = _beside(where, "README.md"), _beside(where, "pipeline.py")
     card = card.replace(f'"{where}"', '"."').replace('"."', f'"{repo_id}"')
     for file in Path(working_dir).rglob("*.json"):
-        config = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None) # a folder of this machine
         files.write_text(file, json.dumps(config, indent=2) + "\n")
-    for name, text in {"README.md": card, "pipeline.py": code}.items(): files.write_text(Path(working_dir)/name, text)
+    files.write_text(Path(working_dir)/"README.md", card)
+    files.write_text(Path(working_dir)/"pipeline.py", code)
     return super(EDMPipeline, self)._upload_folder(working_dir, repo_id, **options)
 
 EDMPipeline._upload_folder = _upload_folder # to which all that diffusers uploads goes

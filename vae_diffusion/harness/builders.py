@@ -180,8 +180,8 @@ def published_vae_card(
     return models.vae_card(f"Variational autoencoder of {s.dataset}, {method}", f"""\
 Trained by the notebook `train_vae` of vae_diffusion with the parameters `{name}`, seed {s.seed}: \
 `normal` on the {n_train:,} training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in \
-`data/weights/{s.dataset}`, {s.k} for each training image. Each saw {last*n_train:,} images. Means and standard errors \
-over images after {last} effective epochs, in nats per image:
+`data/weights/{s.dataset}`, {s.k} for each training image. Each saw {last*n_train:,} images. \
+Means and standard errors over images after {last} effective epochs, in nats per image:
 
 | method | training ELBO | test ELBO |
 |---|---:|---:|
@@ -204,7 +204,8 @@ def publish_vaes(
     runs = [require("train_vae", replace(settings, method=method, seed=0)) for method in methods]
     with files.atomic_folder(published_vaes(settings)) as new:
         for run in runs:
-            files.write_text(new/run.settings.method/"README.md", published_vae_card(runs, run.settings.method))
+            card = published_vae_card(runs, run.settings.method)
+            files.write_text(new/run.settings.method/"README.md", card)
             vae = load_trained_vae(run.settings, build_dataset(run.settings))
             vae.save_pretrained(new/run.settings.method, config=vae._hub_mixin_config | {"run": run.config})
 

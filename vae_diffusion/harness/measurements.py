@@ -111,7 +111,8 @@ def quality_facts(
         r = last[last.metric == f"bound_{part.removesuffix('ing')}"].iloc[0]
         facts[f"bound on log p, {part} images"] = f"{r.value:.1f} ± {r.stderr:.1f} nats, {r.n:,.0f} images"
     for r in last[last.metric == "two_sample_sample"].itertuples():
-        facts[f"told from training images, samples of {r.variant}"] = f"{100*r.value:.0f} % right, {r.n:,.0f} samples"
+        what = f"told from training images, samples of {r.variant}"
+        facts[what] = f"{100*r.value:.0f} % right, {r.n:,.0f} samples"
     return facts
 
 

@@ -200,7 +200,8 @@ def take_own(
     if not mine.exists():
         with atomic_write(mine, checksum=True) as new: new.write_bytes(file.read_bytes())
     if file_digest(mine) != file_digest(file): raise ProjectError(
-        f"other images are registered here as {file.stem}: register them under another name, remove {mine}, and unpack")
+        f"other images are registered here as {file.stem}: register them under another name, remove {mine}, "
+        "and unpack again")
 
 # %% ../../nbs/harness/16_packing.ipynb #a970834a
 def take_run(
@@ -221,7 +222,7 @@ def unpack_runs(
 ):
     """Restore packed runs; a run that is here as far or further is kept.
 
-    Raises `ProjectError`, before anything is changed, as `verified_pieces`, `verified_runs` and `take_own`."""
+    Raises `ProjectError`, before a run is changed, as `verified_pieces`, `verified_runs` and `take_own`."""
     if not str(source): raise ProjectError("name the folder that `make pack` wrote: make unpack FROM=folder")
     pieces = verified_pieces(source)
     with errors.disk_errors(paths.runs()):
