@@ -56,7 +56,8 @@ reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
 # Everything that CI checks; in a browser too, where there is Chromium.
-test: $(BIN)/ready build/site-tools/ready build/launch/ready $(if $(shell command -v chromium),build/browser/ready)
+test: $(BIN)/ready build/site-tools/ready build/launch/ready build/parquet/ready \
+  $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
@@ -103,6 +104,12 @@ build/browser/ready: $(BIN)/ready
 	$(BIN)/$(PIP_INSTALL) --no-deps --target build/browser playwright==1.65.2 pyee==13.0.1
 	touch $@
 
+# Reads what a bank writes for others, in tests/test_parquet.py (180 MB).
+build/parquet/ready: $(BIN)/ready
+	$(BIN)/$(PIP_INSTALL) --no-deps --target build/parquet pyarrow==26.0.1 datasets==5.2.0 dill==0.4.1 \
+	  multiprocess==0.70.19 xxhash==4.1.0
+	touch $@
+
 try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(PAPERMILL) --stdout-file - \
   nbs/experiments/$(1).ipynb build/oldest/$(1).ipynb
 # The pages and the experiments with the versions of requirements-oldest.txt, in build/oldest (6 GB):
@@ -110,7 +117,7 @@ try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(
 oldest:
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play]'
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play,parquet]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p scale smoke -p method dmaapx
 	$(call try,measure_diffusion) -p scale smoke -p weights trained
@@ -119,9 +126,9 @@ oldest:
 # Trains the diffusion model of DATASET at SCALE, for parameters that say `weights: trained`.
 weights: $(BIN)/ready
 	@mkdir -p runs
-	set -o pipefail; TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/papermill --log-output --no-progress-bar -k python3 \
+	TQDM_MININTERVAL=10 OMP_NUM_THREADS=1 $(BIN)/$(PAPERMILL) --stdout-file - --stderr-file - \
 	  nbs/experiments/train_diffusion.ipynb runs/train_diffusion.ipynb \
-	  -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml 2>&1 | grep -v "unknown parameter" \
+	  -f nbs/experiments/params/$(DATASET)-$(SCALE).yaml \
 	  || exit $$(grep -q '"ename": "Stopped"' runs/train_diffusion.ipynb && echo 75 || echo 1)
 
 PUBLISHED = $(DATASET)$(if $(filter paper,$(SCALE)),-paper)
@@ -183,7 +190,8 @@ build/site-tools/ready: workflow/site/requirements.txt $(BIN)/ready
 clean:
 	rm -rf .venv runs .snakemake build *.egg-info
 
-$(BIN)/ready: requirements.lock requirements-torch.txt
+# Kernels get a configuration that keeps them silent unless there is an error: papermill's command has no option for it.
+$(BIN)/ready: requirements.lock requirements-torch.txt workflow/ipython_kernel_config.json
 	$(PYTHON) -c "import sys; \
 	  sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	@$(if $(MOVED),echo "This checkout was moved: making its environment again")
@@ -192,4 +200,5 @@ $(BIN)/ready: requirements.lock requirements-torch.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(BIN)/$(PIP_INSTALL) -r requirements-torch.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .
+	mkdir -p .venv/etc/ipython && cp workflow/ipython_kernel_config.json .venv/etc/ipython
 	touch $@

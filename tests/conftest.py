@@ -56,6 +56,8 @@ LONG = {  # seconds of the longest tests on one core
     "test_links_of_the_site_lead_somewhere": 50,
     "test_the_command_for_several_gpus": 35,
     "test_the_experiment_by_two_processes_that_were_killed": 20,
+    "test_models_go_to_the_hub_and_come_back": 25,
+    "test_datasets_reads_what_a_bank_holds": 8,
 }
 WITHOUT_DATA = pytest.mark.skip(
     reason="needs the full data sets: set VAE_DIFFUSION_DATA to the folder that holds them "

@@ -390,10 +390,10 @@ def test_overview_figure_is_drawn_from_published_results(tmp_path):
 
 
 def declared():
-    "What the library, the experiments and the page to play with say that they need."
+    "What the library, the experiments, the page to play with and the export to Parquet say that they need."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]
-    return [Requirement(r) for r in project["dependencies"] + extra["experiments"] + extra["play"]]
+    return [Requirement(r) for r in project["dependencies"] + extra["experiments"] + extra["play"] + extra["parquet"]]
 
 
 def test_lower_bounds_are_versions_that_were_tried():

@@ -6,8 +6,9 @@ import forks
 import numpy as np
 import pytest
 from PIL import Image
-from vae_diffusion import data
-from vae_diffusion.harness import comparisons, execution, results
+from vae_diffusion import augment, data
+from vae_diffusion.core import files
+from vae_diffusion.harness import comparisons, execution, packing, results, runs
 from vae_diffusion.harness.identity import Run
 from vae_diffusion.harness.settings import Settings
 
@@ -46,7 +47,33 @@ def test_a_folder_of_pictures_is_compared(tmp_path, smoke):
 
 
 def test_a_name_that_nobody_registered_is_refused_by_every_experiment(smoke):
-    with pytest.raises(data.ProjectError, match="dataset is 'shapes'; choose one of digits, "):
+    refused = "dataset is 'shapes'; choose one of digits, .*; or register your own images with data.register"
+    with pytest.raises(data.ProjectError, match=refused):
         Settings(dataset="shapes")
     data.register("shapes", np.zeros((50, 8, 8), int))
     assert not execution.non_default_parameters(Settings(dataset="shapes")).keys() - {"dataset", "scale"}
+
+
+def test_a_pack_carries_the_images(smoke, tmp_path, monkeypatch):
+    "And augments them as where they were registered; images of another kind with that name are left as they are."
+    images = np.random.default_rng(0).integers(256, size=(60, 8, 8))
+    wanted = data.register("shapes", images, augment="cifar10")
+    settings = Settings(dataset="shapes", likelihood="mol", weights="trained")
+    monkeypatch.setattr(packing, "load_params", lambda *_: settings)  # which are a file beside those of the project
+    monkeypatch.setattr(runs, "retain_freed_memory", lambda: None)
+    run = Run("train_vae", settings)
+    runs.open_run("train_vae", settings)
+    packing.pack_runs("shapes", "smoke", to=tmp_path / "pack")
+    monkeypatch.setenv("VAE_DIFFUSION_RUNS", str(tmp_path / "there"))
+    packing.unpack_runs(tmp_path / "pack")
+    packing.unpack_runs(tmp_path / "pack")  # once more changes nothing
+    found = data.load("shapes")
+    assert (found.train == wanted.train).all() and (found.test_labels == wanted.test_labels).all()
+    assert augment.policy_for("aug_tuned", "shapes") == augment.policy_for("aug_tuned", "cifar10")
+    assert run.folder.exists() and Run("train_vae", settings).digest == run.digest
+    shutil.rmtree(run.folder)
+    data.register("shapes", images[::-1])
+    before = files.file_digest(data.own_file("shapes"))
+    with pytest.raises(data.ProjectError, match="other images are registered here as shapes: register them"):
+        packing.unpack_runs(tmp_path / "pack")
+    assert files.file_digest(data.own_file("shapes")) == before and not run.folder.exists()

@@ -7,6 +7,7 @@ nats in two epochs of any method, 3 nats in one evaluation of a later epoch, bec
 to another level; 6 % in an amortization gap and 15 % in a robustness gap, 30 % in their errors; no level of a sample.
 """
 
+import re
 import subprocess
 from copy import deepcopy
 from dataclasses import replace
@@ -256,7 +257,9 @@ def test_published_run(same, tmp_path, monkeypatch):
     command = block(text, "bash").replace(".venv/bin/papermill", "papermill")
     command = command.replace("/tmp/out.ipynb", str(tmp_path / "out.ipynb"))
     promised = table(text.split("It prints,")[1])
-    said = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    said, bar = done.stdout, r"(\s*Executing: [^]]*\])*\s*"
+    assert re.fullmatch(bar, done.stderr), f"more than the bar that shows progress: {done.stderr}"
     s = replace(settings.load_params("digits"), method="dmaapx", seed=1)
     assert len(builders.open_bank(s)) == s.k * 1437 < max(s.ks) * 1437, "more was drawn than the run takes"
     printed = {row["metric"]: row for row in table(said)}

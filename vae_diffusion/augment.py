@@ -66,7 +66,8 @@ def policy_for(
     "Return the policy of a method for a data set. Raises `ProjectError` if there is none."
     for name, known in (method, POLICIES), (dataset, data.DATASETS):
         if name not in known: raise ProjectError(
-            f"there is no augmentation {method!r} for {dataset!r}: {name!r} is none of {', '.join(known)}")
+            f"there is no augmentation {method!r} for {dataset!r}: {name!r} is none of {', '.join(known)}"
+            f"{getattr(known, 'otherwise', '')}")
     return replace(POLICIES[method], **data.DATASETS[dataset].augment.get(method, {}))
 
 # %% ../nbs/method/04_augment.ipynb #cell012

@@ -199,6 +199,7 @@ def own_file(
 
 class Registry(dict):
     "Hold the data sets that are declared, and find by its name one that a reader has registered."
+    otherwise = "; or register your own images with data.register"
     def __contains__(self, name): return super().__contains__(name) or own_file(name).exists()
     def __missing__(self, name): return own_info(name)
 
@@ -220,8 +221,8 @@ def load(
 ) -> Dataset:
     "Load a data set and check it. Raises `ProjectError` for an unknown name, missing or unexpected content."
     if name not in DATASETS:
-        raise ProjectError(f"There is no data set {name!r}. Choose one of: {', '.join(DATASETS)}; "
-            "or register your own images with data.register.")
+        raise ProjectError(f"There is no data set {name!r}. "
+            f"Choose one of: {', '.join(DATASETS)}{DATASETS.otherwise}.")
     info, given = DATASETS[name], folder or folder_from_env("VAE_DIFFUSION_DATA", root())
     given = Path(given).expanduser().absolute() if given else None
     train, train_labels, test, test_labels = info.source(given)
@@ -246,7 +247,9 @@ def own_info(
     if not own_file(name).exists(): raise KeyError(name)
     try:
         with safe_open(own_file(name), "np") as file: note = json.loads(file.metadata()["note"])
-        return DatasetInfo(name, partial(own_images, name), **note | {"shape": tuple(note["shape"])})
+        like = DATASETS[note.get("augment", "fashion_mnist")]
+        given = {"shape": tuple(note["shape"]), "augment": like.augment}
+        return DatasetInfo(name, partial(own_images, name), **note | given)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e: raise ProjectError(
         f"{own_file(name)} cannot be read ({e}): register the data set again") from e
 
@@ -351,14 +354,19 @@ def register(
     test=None, # test images, as `images`; None: a fifth of `images`, a fixed stratified part
     test_labels=None, # as `labels`
     levels: int=256, # how many values a pixel can take, 2..256; those of image files are 256
+    augment: str="fashion_mnist", # the published data set as whose images these are augmented, see `DATASETS`
 ) -> Dataset:
     """Make a data set of images of your own, known by its name from then on, as the published ones are.
 
     The images are copied to `runs/datasets`, in place of those that had this name. Raises `ProjectError` for
-    an unfit name, mixed or unfit sizes, channels, types, levels or labels, and for too few images."""
+    an unfit name, mixed or unfit sizes, channels, types, levels or labels, for too few images, and for an
+    unknown `augment`."""
     if not re.fullmatch("[a-z0-9_]+", name) or name in [*DATASETS]: raise ProjectError(
         f"a data set cannot be named {name!r}: choose lower-case letters, digits and underscores, "
         f"and none of {', '.join(DATASETS)}")
+    if augment not in [*DATASETS]: raise ProjectError(
+        f"{name}: augment is {augment!r}: choose the data set whose augmentations suit your images, "
+        f"{', '.join(DATASETS)}")
     classes = []
     x, y = read_part(f"{name}: images", images, labels, levels, classes)
     if test is None:
@@ -373,15 +381,17 @@ def register(
         f"{FEWEST['train']} and {FEWEST['test']}")
     if x.shape[1:] != test.shape[1:]: raise ProjectError(
         f"{name}: images are {list(x.shape[1:])} and test images {list(test.shape[1:])}: make them alike")
-    return keep_own(Dataset(name, levels, x, test, y, test_labels))
+    return keep_own(Dataset(name, levels, x, test, y, test_labels), augment)
 
 def keep_own(
     dataset: Dataset, # with a name that may be registered
+    augment: str, # one of `DATASETS`
 ) -> Dataset: # the same
     "Write a data set to its `own_file`, with a digest that depends on every pixel and label."
     tensors = {part: getattr(dataset, part) for part in ("train", "test", "train_labels", "test_labels")}
     note = {"levels": dataset.levels, "shape": dataset.shape, "n_train": len(dataset.train),
             "n_test": len(dataset.test), "classes": 1 + int(max(y.max() for y in [*tensors.values()][2:]))}
     known = [files.digest(t.numpy().tobytes()) for t in tensors.values()]
-    files.save_tensors(own_file(dataset.name), tensors, note | {"digest": files.digest([note, known])})
+    note |= {"digest": files.digest([note, known]), "augment": augment}
+    files.save_tensors(own_file(dataset.name), tensors, note)
     return dataset

@@ -23,6 +23,7 @@ from .core.graphs import Graphed
 from .core.precision import float32
 from .diffusion import Denoiser
 from .levels import to_levels
+from .models import CITATION
 from .sampling import EDMPipeline, solve
 
 
@@ -99,7 +100,9 @@ def model_card(
     images_seen: int, # during training
     facts: dict, # further rows of the table, such as the recipe
 ) -> str: # Markdown
-    "Write the model card: what the model is, what it was trained on, and how to load it."
+    """Write the model card: what the model is, what it was trained on, how to load it and what to cite.
+
+    The model is called `.` in it, which `push_to_hub` replaces by its name."""
     rows = {"data set": data, "image": f"{list(pipe.shape)}, {pipe.config.levels} levels",
         "parameters": f"{pipe.unet.num_parameters():,}", "images seen": f"{images_seen:,}", **facts}
     table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
@@ -107,6 +110,12 @@ def model_card(
 license: apache-2.0
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
+tags:
+- diffusion
+- edm
+- {data}
+datasets:
+- {data}
 ---
 # EDM diffusion model of {data}
 
@@ -117,18 +126,24 @@ vae_diffusion.
 |---|---|
 {table}
 
+## Use
+
 ```python
 from diffusers import DiffusionPipeline
-# this folder, with the code in pipeline.py
+# with the code in pipeline.py, which lies beside the weights
 pipe = DiffusionPipeline.from_pretrained(
     ".", custom_pipeline="pipeline", trust_remote_code=True, low_cpu_mem_usage=False)
-pipe(batch_size=8, num_inference_steps=18).images
+images = pipe(batch_size=8, num_inference_steps=18).images
 ```
 
 Where vae_diffusion is installed, `vae_diffusion.sampling.EDMPipeline.from_pretrained(".")` does the same. The
 U-Net and the scheduler can also be loaded on their own, with `UNet2DModel` and
 `EDMDPMSolverMultistepScheduler` of diffusers (`subfolder="unet"`, `subfolder="scheduler"`).
-"""
+
+## Cite
+
+{CITATION}"""
+
 
 # %% ../nbs/method/10_pipelines.ipynb #7f0202cf
 def pipeline_code() -> str: # Python
@@ -179,6 +194,7 @@ def load_pipeline(
         levels = EDMPipeline.load_config(folder)["levels"]
         kind = CompiledPipeline if compiled else EDMPipeline
         pipe = kind(net, scheduler, levels).to(device)
+        pipe.register_to_config(_name_or_path=str(folder)) # as diffusers does, where the card is
     except Exception as e: raise ProjectError(
         f"{folder} cannot be read ({type(e).__name__}: {e}). "
         "Restore it from git, or train it again with the train_diffusion notebook.") from e

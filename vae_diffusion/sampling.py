@@ -7,7 +7,9 @@ __all__ = ['noise_levels', 'heun', 'dpm_multistep', 'stochastic_scheduler', 'sol
            'published']
 
 # %% ../nbs/method/09_sampling.ipynb #37dafe94
-import torch
+import json, os, torch
+from pathlib import Path
+from huggingface_hub import hf_hub_download
 from diffusers import DiffusionPipeline, EDMDPMSolverMultistepScheduler, ImagePipelineOutput, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
@@ -191,3 +193,37 @@ def published(
     return cls.from_pretrained(paths.weights()/name, **options)
 
 EDMPipeline.from_pretrained, EDMPipeline.published = classmethod(from_pretrained), classmethod(published)
+
+# %% ../nbs/method/09_sampling.ipynb #load0004
+def _beside(
+    where, # from which a model was loaded: a folder, or the name of a repository on the Hub
+    name: str, # of a file
+) -> str: # its content
+    "Read what lies beside a model's weights. Raises `ProjectError` if there is no such file."
+    try:
+        file = Path(where)/name if os.path.isdir(where) else hf_hub_download(str(where), name)
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, TypeError, ValueError) as e: raise ProjectError(
+        f"there is no {name} beside this model, loaded from {where} ({type(e).__name__}): write it to "
+        "a folder with pipelines.save_pipeline and a card, and load it from there before you push it") from e
+
+def _upload_folder(
+    self: EDMPipeline, # loaded from a folder that `pipelines.save_pipeline` wrote, or from the Hub
+    working_dir, # what diffusers has written, with a general card
+    repo_id: str, # such as user/model
+    **options, # as diffusers hands them on
+):
+    "Upload a model with its code and its card, in which its name stands. Raises as `_beside`."
+    where = self.name_or_path
+    card, code = _beside(where, "README.md"), _beside(where, "pipeline.py")
+    card = card.replace(f'"{where}"', '"."').replace('"."', f'"{repo_id}"')
+    for file in Path(working_dir).rglob("*.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None) # a folder of this machine
+        files.write_text(file, json.dumps(config, indent=2) + "\n")
+    files.write_text(Path(working_dir)/"README.md", card)
+    files.write_text(Path(working_dir)/"pipeline.py", code)
+    return super(EDMPipeline, self)._upload_folder(working_dir, repo_id, **options)
+
+EDMPipeline._upload_folder = _upload_folder # to which all that diffusers uploads goes
+

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_dataset', 'fixed_subset', 'build_vae', 'build_diffusion', 'build_scheduler', 'load_trained_vae', 'open_bank',
            'require_bank', 'snapshot_folders', 'weights_folder', 'require_weights', 'build_pipeline', 'publish_weights',
-           'vae_card', 'published_vaes', 'publish_vaes', 'load_published_vae']
+           'published_vae_card', 'published_vaes', 'publish_vaes', 'load_published_vae']
 
 # %% ../../nbs/harness/05_builders.ipynb #9adbf805
 import shutil
@@ -166,36 +166,30 @@ def publish_weights(
             elif f.name != "SHA256SUMS": shutil.copyfile(f, new/f.relative_to(source))
 
 # %% ../../nbs/harness/05_builders.ipynb #pubvae01
-def vae_card(
+def published_vae_card(
     runs: list, # of `train_vae`, done
+    method: str, # of the VAE
 ) -> str: # Markdown
-    "Write the model card of published VAEs: what they are, how good they are, and how to load one."
+    "Write the model card of a published VAE: what it is, and how good it is beside the others."
     s, rows = runs[0].settings, []
-    name, last = f"{s.dataset}-{s.scale}", s.epochs
+    name, last, n_train = f"{s.dataset}-{s.scale}", s.epochs, s.n_train or data.DATASETS[s.dataset].n_train
     for run in runs:
         t = read_results(run).query("epoch == @last").set_index("metric")
         elbos = [f"{t.value[m]:.2f} ± {t.stderr[m]:.2f}" for m in ("elbo_train", "elbo_test")]
         rows.append(f"| `{run.settings.method}` | {' | '.join(elbos)} |")
     table = "\n".join(rows)
-    return f"""---
-license: apache-2.0
----
-# Variational autoencoders of {s.dataset}
+    return models.vae_card(f"Variational autoencoder of {s.dataset}, {method}", f"""\
+Trained by the notebook `train_vae` of vae_diffusion with the parameters `{name}`, seed {s.seed}: \
+`normal` on the {n_train:,} training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in \
+`data/weights/{s.dataset}`, {s.k} for each training image. Each saw {last*n_train:,} images. \
+Means and standard errors over images after {last} effective epochs, in nats per image:
 
-Trained by the notebook `train_vae` of vae_diffusion with the parameters `{name}`, seed {s.seed}:
-`normal` on the training images of `{s.dataset}`, `dmaapx` on samples of the diffusion model in
-`data/weights/{s.dataset}`, {s.k} for each training image. Means and standard errors over images after {last}
-effective epochs, in nats per image:
-
-| folder | training ELBO | test ELBO |
+| method | training ELBO | test ELBO |
 |---|---:|---:|
 {table}
 
-```python
-from vae_diffusion.models import VAE
-vae = VAE.from_pretrained("data/weights/vae-{s.dataset}/normal")
-```
-"""
+This is `{method}`.""", (s.dataset,))
+
 
 # %% ../../nbs/harness/05_builders.ipynb #pubvae02
 def published_vaes(settings: Settings) -> Path: # in `data/weights`
@@ -211,7 +205,8 @@ def publish_vaes(
     runs = [require("train_vae", replace(settings, method=method, seed=0)) for method in methods]
     with files.atomic_folder(published_vaes(settings)) as new:
         for run in runs:
-            files.write_text(new/run.settings.method/"README.md", vae_card(runs))
+            card = published_vae_card(runs, run.settings.method)
+            files.write_text(new/run.settings.method/"README.md", card)
             vae = load_trained_vae(run.settings, build_dataset(run.settings))
             vae.save_pretrained(new/run.settings.method, config=vae._hub_mixin_config | {"run": run.config})
 

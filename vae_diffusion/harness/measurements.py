@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTILES', 'mean_and_stderr', 'image_elbos', 'measure_elbos', 'curve_rows', 'measure_bounds', 'diffusion_rows',
-           'distance_rows', 'measure_samples']
+           'quality_facts', 'distance_rows', 'measure_samples']
 
 # %% ../../nbs/harness/06_measurements.ipynb #0842c43d
-import torch
+import pandas as pd, torch
 from torch import nn
 from .. import data, diffusion, metrics
 from ..core import rng
@@ -99,6 +99,22 @@ def diffusion_rows(
             error = {"stderr": p[f"stderr_{part}"], "n": min(settings.dm_judged, len(images))}
             rows.append(result_row(f"bound_{part}", p[f"bound_{part}"]) | at | error)
     return rows
+
+# %% ../../nbs/harness/06_measurements.ipynb #cardfct2
+def quality_facts(
+    table: pd.DataFrame, # rows of one diffusion model: from `diffusion_rows`, or of studies with variants
+) -> dict: # what is said -> text, for `pipelines.model_card`
+    "Describe the quality of a diffusion model at the end of its training."
+    by = ["metric", *table.columns.intersection(["variant"])]
+    last, facts = table[table.epoch == table.groupby(by).epoch.transform("max")], {}
+    for part in "training", "test":
+        r = last[last.metric == f"bound_{part.removesuffix('ing')}"].iloc[0]
+        facts[f"bound on log p, {part} images"] = f"{r.value:.1f} ± {r.stderr:.1f} nats, {r.n:,.0f} images"
+    for r in last[last.metric == "two_sample_sample"].itertuples():
+        what = f"told from training images, samples of {r.variant}"
+        facts[what] = f"{100*r.value:.0f} % right, {r.n:,.0f} samples"
+    return facts
+
 
 # %% ../../nbs/harness/06_measurements.ipynb #cell012
 QUANTILES = [*range(0, 101, 5)] # percent

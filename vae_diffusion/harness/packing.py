@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['stored_config', 'is_packed', 'files_to_pack', 'run_progress', 'PieceWriter', 'PieceReader', 'is_piece', 'pieces_of',
-           'piece_bytes', 'pack_runs', 'verified_pieces', 'verified_runs', 'take_run', 'unpack_runs']
+           'piece_bytes', 'pack_runs', 'verified_pieces', 'verified_runs', 'take_own', 'take_run', 'unpack_runs']
 
 # %% ../../nbs/harness/16_packing.ipynb #pack02
 import io, json, re, tarfile, tempfile
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from .. import data
 from ..core import errors, locks, paths
 from ..core.errors import ProjectError
-from ..core.files import atomic_folder, digest, file_digest, load_tensors, read_checksums
+from ..core.files import (
+    atomic_folder, atomic_write, digest, file_digest, load_tensors, read_checksums)
 from .identity import Run
 from .settings import load_params
 
@@ -143,13 +145,14 @@ def pack_runs(
     older = to.is_dir() and pieces_of(to) and {*to.iterdir()} <= {*pieces_of(to), to/"SHA256SUMS"}
     if to.exists() and not older:
         raise ProjectError(f"{to} exists and is no pack: name another folder with TO=")
+    own = [data.own_file(dataset)] if data.DATASETS[dataset].digest else []
     with ExitStack() as held:
         for run in files_to_pack(folder, s):
             if not (run/"metrics.csv").exists(): held.enter_context(locks.folder_lock(run))
         files = files_to_pack(folder, s) # again, now that nothing changes any more
         if not files: raise ProjectError(f"{folder} has no runs: there is nothing to pack")
         with atomic_folder(to) as new, tarfile.open(fileobj=PieceWriter(new, name, limit), mode="w|") as tar:
-            for f in sum(files.values(), []): tar.add(f, f"{name}/{f.relative_to(folder)}")
+            for f in [*own, *sum(files.values(), [])]: tar.add(f, f.relative_to(paths.runs()))
     pieces, done = pieces_of(to), sum((run/"metrics.csv").exists() for run in files)
     total = sum(f.stat().st_size for f in pieces)/2**20
     what = f"{len(pieces)} {'piece' if len(pieces) == 1 else 'pieces'}, {total:.1f} MiB"
@@ -174,17 +177,31 @@ def verified_pieces(
 def verified_runs(
     folder, # into which a pack was extracted
     source, # the pack, for the message
-) -> list: # of folders of runs
-    "List the runs that a pack contained. Raises `ProjectError` if there are none, or there is anything else."
+) -> tuple: # two lists: folders of runs, and files of data sets that are a reader's own
+    "List what a pack contained. Raises `ProjectError` if there are no runs, or there is anything else."
     foreign = f"{source} was not written by `make pack`"
     found = sorted(f.parent for f in Path(folder).glob("*/*/config.json"))
     for run in found:
         known = re.fullmatch(r"[a-z_0-9]+-[a-z]+", run.parent.name)
         if not known or run.name.split("-")[-1] != digest(stored_config(run), 8):
             raise ProjectError(f"{foreign}: {run.parent.name}/{run.name} is no run")
-    if not found or {*found} != {*Path(folder).glob("*/*")}:
+    names = {data.own_file(run.parent.name.rpartition("-")[0]).name for run in found}
+    own = [f for name in sorted(names) if (f := Path(folder)/"datasets"/name).exists()]
+    if not found or {*found, *own} != {*Path(folder).glob("*/*")}:
         raise ProjectError(f"{foreign}: it contains no runs, or something else")
-    return found
+    return found, own
+
+# %% ../../nbs/harness/16_packing.ipynb #takeown1
+def take_own(
+    file, # of a data set, unpacked
+):
+    "Move a data set to its place. Raises `ProjectError` if another of that name is there."
+    mine = data.own_file(file.stem)
+    if not mine.exists():
+        with atomic_write(mine, checksum=True) as new: new.write_bytes(file.read_bytes())
+    if file_digest(mine) != file_digest(file): raise ProjectError(
+        f"other images are registered here as {file.stem}: register them under another name, remove {mine}, "
+        "and unpack again")
 
 # %% ../../nbs/harness/16_packing.ipynb #a970834a
 def take_run(
@@ -205,7 +222,7 @@ def unpack_runs(
 ):
     """Restore packed runs; a run that is here as far or further is kept.
 
-    Raises `ProjectError`, before anything is changed, as `verified_pieces` and `verified_runs`."""
+    Raises `ProjectError`, before a run is changed, as `verified_pieces`, `verified_runs` and `take_own`."""
     if not str(source): raise ProjectError("name the folder that `make pack` wrote: make unpack FROM=folder")
     pieces = verified_pieces(source)
     with errors.disk_errors(paths.runs()):
@@ -217,6 +234,8 @@ def unpack_runs(
                 tar.extractall(tmp.name, filter="data")
         except tarfile.TarError as e:
             raise ProjectError(f"{source} was not written by `make pack` ({e})") from e
-        taken = [take_run(run, Path(tmp.name)) for run in verified_runs(tmp.name, source)]
+        packed, own = verified_runs(tmp.name, source)
+        for file in own: take_own(file)
+        taken = [take_run(run, Path(tmp.name)) for run in packed]
     kept = len(taken) - sum(taken)
     print(f"{sum(taken)} runs were restored; {kept} were here as far or further, and were kept")

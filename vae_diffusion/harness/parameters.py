@@ -62,7 +62,8 @@ def validate_entry(
         raise ProjectError(f"{name} must be of type {kind.__name__}, {SPELLINGS[kind]}, "
             f"not {value!r} ({type(value).__name__})")
     if about["choices"] and value not in about["choices"]:
-        raise ProjectError(f"{name} is {value!r}; choose one of {', '.join(about['choices'])}")
+        raise ProjectError(f"{name} is {value!r}; choose one of {', '.join(about['choices'])}"
+            f"{getattr(about['choices'], 'otherwise', '')}") # such as of `data.DATASETS`
     low, high = about["low"], about["high"]
     if kind in (int, float) and not low <= value <= high:
         raise ProjectError(f"{name} is {value}; it must lie between {low} and {high}")
