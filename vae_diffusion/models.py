@@ -157,7 +157,7 @@ def fully_connected(
     activation: str="relu", # as in `linear_layers`
     normalisation: str="none", # as in `linear_layers`
     dropout: float=0., # as in `linear_layers`
-    input_noise: float=0., # standard deviation of the noise that the encoder sees in training, pixels in [0,1]
+    input_noise: float=0., # standard deviation of noise that the encoder sees in training, pixels in [0,1]
 ) -> VAE:
     "Make a fully connected VAE, as the paper's for BinaryMNIST and FashionMNIST."
     how = dict(activation=activation, normalisation=normalisation) | ({"dropout": dropout} if dropout else {})

@@ -34,8 +34,8 @@ class Adam:
     def step(self):
         "Make one step with the current gradients, and clear them."
         adam(self.params, [p.grad for p in self.params], self.m, self.v, [], self.steps, fused=True,
-             amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=self.weight_decay, eps=1e-8, maximize=False,
-             decoupled_weight_decay=True)
+             amsgrad=False, beta1=0.9, beta2=0.999, lr=self.lr, weight_decay=self.weight_decay,
+             decoupled_weight_decay=True, eps=1e-8, maximize=False)
         for p in self.params: p.grad = None
 
     def next(self): # scalar tensors: lr/(1−β₁ᵗ), 1−β₂ᵗ, and the factor of the weight decay

@@ -230,7 +230,8 @@ def nearness_figure(
     looks = {"samples": COLORS["dmaapx"], "test images": REAL, "training images": "0.6"}
     plot = so.Plot(pd.DataFrame(rows), x="distance", y="share", color="images").scale(color=looks)
     plot = plot.add(so.Line(), legend=False)
-    plot = plot.label(x="distance to the nearest other training image, pixels in [0,1]", y="nearer images / %")
+    where = "distance to the nearest other training image, pixels in [0,1]"
+    plot = plot.label(x=where, y="nearer images / %")
     fig = draw_plot(plot, 2.6, title)
     fig.axes[0].axvline(mark, color="0.6", ls=":")
     add_key(fig, {name: {"color": color} for name, color in looks.items()} |

@@ -7,7 +7,7 @@ __all__ = ['QUIET', 'CELLS', 'PARAMS', 'WIDGET', 'non_default_parameters', 'exec
            'without_widgets', 'run_page', 'write_parameters_cells']
 
 # %% ../../nbs/harness/04_execution.ipynb #9610d806
-import json, logging, tempfile
+import json, logging, tempfile, textwrap
 from dataclasses import fields
 from pathlib import Path
 from ..core import files, paths, stopping
@@ -74,12 +74,13 @@ def assignment(
     parameter, # a field of `Settings`, or `MINUTES`
     value, # to be shown
 ) -> str: # Python
-    "Write one parameter's line, or two if it is long: name, value, meaning and choices."
+    "Write one parameter's line, or several if it is long: name, value, meaning and choices."
     about = parameter.metadata
     shown = json.dumps(value) if isinstance(value, (str, tuple)) else repr(value)
     choices = ": " + ", ".join(about["choices"]) if about["choices"] else ""
     name, meaning = f"# {parameter.name} = {shown}", f"# {about['meaning']}{choices}"
-    return f"{name} {meaning}" if len(name + meaning) < 110 else f"{meaning}\n{name}"
+    if len(name + meaning) < 110: return f"{name} {meaning}"
+    return "\n".join([*textwrap.wrap(meaning, 108, subsequent_indent="# "), name])
 
 # %% ../../nbs/harness/04_execution.ipynb #cells02
 PARAMS = "params = \"digits-cpu\" # a file of experiments/params, which holds all parameters"

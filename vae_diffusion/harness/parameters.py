@@ -188,9 +188,9 @@ class NetworkSettings:
         choices=models.ACTIVATIONS, stage="train_vae", only="fully_connected", unless="relu")
     normalisation: str = param("none", "fully connected: of each hidden layer, before the activation",
         choices=models.NORMALISATIONS, stage="train_vae", only="fully_connected", unless="none")
-    dropout: float = param(0., "fully connected: dropout probability of each hidden layer, after the activation",
+    dropout: float = param(0., "fully connected: dropout probability after each hidden layer",
         low=0, high=0.9, stage="train_vae", only="fully_connected", unless=0.)
-    input_noise: float = param(0., "fully connected: noise that the encoder sees, deviation of pixels in [0,1]",
+    input_noise: float = param(0., "fully connected: noise that the encoder sees, for pixels in [0,1]",
         low=0, high=10, stage="train_vae", only="fully_connected", unless=0.)
     nc: int = param(32, "residual: channels", high=2**16, stage="train_vae", only="residual")
     mz: int = param(1, "residual: latent channels on a grid of a quarter of the side",

@@ -61,8 +61,9 @@ def validate_vae(
     if bool(meaning) != bool(settings.strength): raise ProjectError(
         f"strength is {settings.strength:g}, but the method {method} " +
         (f"needs one above 0: {meaning}" if meaning else "has none: set it to 0"))
-    if (other := settings.decoder_of) and (other not in METHODS or METHODS[other].strength): raise ProjectError(
-        f"decoder_of is {other!r}; choose one of {', '.join(m for m in METHODS if not METHODS[m].strength)}")
+    other, plain = settings.decoder_of, [name for name, m in METHODS.items() if not m.strength]
+    if other and other not in plain:
+        raise ProjectError(f"decoder_of is {other!r}; choose one of {', '.join(plain)}")
     if METHODS[method].draws_on_decoder and not other: raise ProjectError(
         f"the method {method} takes samples of a trained decoder: name the method of its VAE in decoder_of")
     if settings.net == "residual" and side % 4:

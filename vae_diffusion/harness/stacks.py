@@ -58,7 +58,7 @@ def initial_vae(
     settings: Settings, # all parameters
     images: data.Dataset, # from `builders.build_dataset`
 ) -> VAE: # on the device
-    "Build the VAE to be trained: a new one, or one whose decoder is kept as it is. Raises as `require_pretrained`."
+    "Build the VAE to be trained, new or with a fixed decoder. Raises as `require_pretrained`."
     vae = build_vae(settings, images)
     if settings.decoder_of:
         vae.load_state_dict(require_pretrained(settings, images).state_dict())
