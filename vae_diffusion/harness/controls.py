@@ -228,12 +228,13 @@ def nearness_figure(
     rows = [{"images": name, "distance": float(d), "share": 100*(i + 1)/len(found)}
             for name, found in distances.items() for i, d in enumerate(sorted(found))]
     looks = {"samples": COLORS["dmaapx"], "test images": REAL, "training images": "0.6"}
-    plot = so.Plot(pd.DataFrame(rows), x="distance", y="share", color="images").scale(color=looks)
-    plot = plot.add(so.Line(), legend=False)
+    dashes = {name: "--" if name == "training images" else "-" for name in looks}
+    plot = so.Plot(pd.DataFrame(rows), x="distance", y="share", color="images", linestyle="images")
+    plot = plot.scale(color=looks, linestyle=dashes).add(so.Line(), legend=False)
     where = "distance to the nearest other training image, pixels in [0,1]"
     plot = plot.label(x=where, y="nearer images / %")
     fig = draw_plot(plot, 2.6, title)
     fig.axes[0].axvline(mark, color="0.6", ls=":")
-    add_key(fig, {name: {"color": color} for name, color in looks.items()} |
+    add_key(fig, {name: {"color": color, "ls": dashes[name]} for name, color in looks.items()} |
             {"near-copies lie left of this": {"color": "0.6", "ls": ":"}})
     return fig
