@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['QUIET', 'CELLS', 'PARAMS', 'WIDGET', 'non_default_parameters', 'execute', 'require', 'assignment', 'parameters_cell',
-           'without_widgets', 'run_page', 'write_parameters_cells']
+           'reduce_colors', 'compact_outputs', 'run_page', 'write_parameters_cells']
 
 # %% ../../nbs/harness/04_execution.ipynb #9610d806
-import json, logging, tempfile, textwrap
+import base64, io, json, logging, tempfile, textwrap
 from dataclasses import fields
 from pathlib import Path
+from PIL import Image
 from ..core import files, paths, stopping
 from ..core.stopping import Stopped
 from .identity import Run
@@ -102,12 +103,23 @@ def parameters_cell(
 # %% ../../nbs/harness/04_execution.ipynb #page0001
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
-def without_widgets(
+def reduce_colors(
+    png: str, # base64
+) -> str: # the same with a palette of at most 256 colours; as it is if that is no smaller or it is transparent
+    "Store a picture in less room."
+    picture, small = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
+    if picture.convert("RGBA").getextrema()[3][0] < 255: return png
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+    return min(png, base64.b64encode(small.getvalue()).decode(), key=len)
+
+def compact_outputs(
     outputs: list, # of a cell
 ) -> list: # of what is kept in version control
     "Leave out progress bars, warnings and widgets, but for the still picture that stands for a widget."
     kept = [o for o in outputs if o.get("name") != "stderr"]
-    for o in kept: o.get("data", {}).pop(WIDGET, None) if "image/png" in o.get("data", {}) else None
+    for data in [o["data"] for o in kept if "image/png" in o.get("data", {})]:
+        data.pop(WIDGET, None)
+        data["image/png"] = reduce_colors(data["image/png"])
     return [o for o in kept if WIDGET not in o.get("data", {})]
 
 def run_page(
@@ -120,7 +132,7 @@ def run_page(
         papermill.execute_notebook(page, copy := Path(folder)/page.name, cwd=page.parent, **how)
         notebook, run = (json.loads(file.read_text(encoding="utf-8")) for file in (page, copy))
     for cell, done in zip(notebook["cells"], run["cells"]):
-        if cell["cell_type"] == "code": cell["outputs"] = without_widgets(done["outputs"])
+        if cell["cell_type"] == "code": cell["outputs"] = compact_outputs(done["outputs"])
     files.write_text(page, json.dumps(notebook, indent=1, ensure_ascii=False) + "\n")
 
 # %% ../../nbs/harness/04_execution.ipynb #c6e986cb
