@@ -13,9 +13,8 @@ TO ?=
 FROM ?=
 SITE ?= build/site
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads \
-  --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete \
-  --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile workflow/profiles/local --workflow-profile none \
+  --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 PAPERMILL = papermill --log-level ERROR --no-progress-bar -k python3
 PIP_INSTALL = pip install --quiet --disable-pip-version-check
 # $(call python,MODULE,FUNCTION) ARGUMENT... calls a function of the harness; an error of the project is one line.
@@ -56,16 +55,17 @@ reproduce: $(BIN)/ready
 	@$(SNAKEMAKE) --forcerun report -- report
 
 # Everything that CI checks; in a browser too, where there is Chromium.
-test: $(BIN)/ready build/site-tools/ready build/launch/ready build/parquet/ready \
+test: $(BIN)/ready build/site-tools/ready build/parquet/ready \
   $(if $(shell command -v chromium),build/browser/ready)
 	$(BIN)/python -m pytest -q -rs -n 2 --maxschedchunk 1 tests
 
 # Every fault that the project must survive, at full length (make test tries a sample): data/reliability.csv.
-stress: $(BIN)/ready
+stress: $(BIN)/ready build/launch/ready
 	@mkdir -p build && rm -f build/reliability.csv
 	STRESS=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py \
 	  tests/test_3_experiments.py::test_workflow_is_interrupted_fails_in_part_resumes_and_reports \
-	  tests/test_3_experiments.py::test_every_study_can_be_run
+	  tests/test_3_experiments.py::test_every_study_can_be_run \
+	  tests/test_processes.py::test_the_command_for_several_gpus
 	mv build/reliability.csv data/reliability.csv
 
 # Puts in each fault of tests/mutants.toml, which a test must notice: data/mutants.csv. With FAULT="augment flip" some.

@@ -105,7 +105,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 
 def reduce_colors(
     png: str, # base64
-) -> str: # the same with a palette of at most 256 colours; as it is if that is no smaller or it is transparent
+) -> str: # with a palette of at most 256 colours; as it is if that is no smaller, or transparent
     "Store a picture in less room."
     picture, small = Image.open(io.BytesIO(base64.b64decode(png))), io.BytesIO()
     if picture.convert("RGBA").getextrema()[3][0] < 255: return png
