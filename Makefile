@@ -13,8 +13,9 @@ TO ?=
 FROM ?=
 SITE ?= build/site
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile workflow/profiles/local --workflow-profile none \
-  --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads \
+  --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete \
+  --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 PAPERMILL = papermill --log-level ERROR --no-progress-bar -k python3
 PIP_INSTALL = pip install --quiet --disable-pip-version-check
 # $(call python,MODULE,FUNCTION) ARGUMENT... calls a function of the harness; an error of the project is one line.
