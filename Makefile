@@ -13,9 +13,10 @@ TO ?=
 FROM ?=
 SITE ?= build/site
 BIN := .venv/bin
-SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none --force-use-threads \
-  --quiet progress host --snakefile workflow/Snakefile --cores $(CORES) --keep-going --keep-incomplete \
-  --ignore-incomplete --nolock --rerun-triggers mtime --config dataset=$(DATASET) scale=$(SCALE) $(PART)
+# As `snakemake --profile workflow/profiles/local`, which would announce itself at each call.
+SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none \
+  $(shell sed -En 's/[][,]//g; s/^([a-z-]+): (true)?(.*)/--\1 \3/p' workflow/profiles/local/config.yaml) \
+  --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 PAPERMILL = papermill --log-level ERROR --no-progress-bar -k python3
 PIP_INSTALL = pip install --quiet --disable-pip-version-check
 # $(call python,MODULE,FUNCTION) ARGUMENT... calls a function of the harness; an error of the project is one line.

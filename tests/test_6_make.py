@@ -1,14 +1,18 @@
 "What people do to a checkout and have in their environment: make works, or says in a line what is wrong."
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
+import yaml
 from conftest import ROOT, run, snakemake, tracked
+from jupyter_client.manager import start_new_kernel
 
 
 def make(*arguments, folder=ROOT, **variables):
@@ -109,6 +113,38 @@ def test_lab_starts_on_loopback_for_every_user(tmp_path):
     os.killpg(lab.pid, signal.SIGKILL)
     lab.wait()
     assert "http://127.0.0.1:" in address or "http://localhost:" in address, address
+
+
+SLOW = """
+import time
+handlers = get_ipython().kernel.shell_handlers
+async def slow(*message, told=handlers["kernel_info_request"]):
+    await told(*message)
+    time.sleep(5)
+handlers["kernel_info_request"] = slow
+"""
+
+
+def test_a_kernel_that_ends_while_it_is_still_at_work_says_nothing():
+    "The last that papermill asks of a kernel is kernel_info; with the reply it interrupts it, and ends it."
+    with tempfile.TemporaryFile("w+") as said:
+        manager, client = start_new_kernel(kernel_name="python3", stderr=said)
+        client.execute_interactive(SLOW, timeout=60)
+        client.kernel_info(reply=True, timeout=60)
+        manager.shutdown_kernel()
+        said.seek(0)
+        assert said.read() == ""
+
+
+def test_make_runs_by_the_profile_of_one_machine():
+    profile = ROOT / "workflow/profiles/local/config.yaml"
+    status, said = make("reproduce", "--dry-run")
+    options = shlex.split(said.split("snakemake ")[-1].split("--snakefile")[0])
+    known = {"--profile": ["none"], "--workflow-profile": ["none"]}
+    for key, value in yaml.safe_load(profile.read_text()).items():
+        known[f"--{key}"] = {bool: [], str: [value]}.get(type(value), value)
+    at = [i for i, word in enumerate(options) if word.startswith("--")] + [len(options)]
+    assert not status and {options[i]: options[i + 1 : j] for i, j in zip(at, at[1:])} == known
 
 
 def test_a_cluster_takes_a_profile_given_to_snakemake_itself(tmp_path, monkeypatch):
