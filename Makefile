@@ -119,7 +119,7 @@ try = OMP_NUM_THREADS=1 VAE_DIFFUSION_RUNS=build/oldest/runs build/oldest/bin/$(
 oldest:
 	$(PYTHON) -m venv --clear build/oldest
 	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -r requirements-oldest.txt
-	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play,parquet]'
+	build/oldest/bin/$(PIP_INSTALL) --no-cache-dir -c requirements-oldest.txt -e '.[experiments,play,parquet,soap]'
 	OMP_NUM_THREADS=1 build/oldest/bin/nbdev_test --n_workers 2 --do_print --skip_file_re '^reliability'
 	$(call try,measure_gaps) -p scale smoke -p method dmaapx
 	$(call try,measure_diffusion) -p scale smoke -p weights trained

@@ -18,6 +18,7 @@ from .core.graphs import Graphed
 from .diffusion import Denoiser, denoising_loss
 from .levels import check_levels, to_unit
 from .muon import Muon
+from .soap import Soap
 from .recipe import Recipe, batch_indices, ema_decay, learning_rate
 
 # %% ../nbs/method/08_diffusion_training.ipynb #procsdr1
@@ -54,10 +55,10 @@ class TrainingState:
         self.net, self.recipe, self.steps, self.seconds, self.curve = net.train(), recipe, 0, 0., []
         self.part, alone = share_dropout(net, recipe.batch), processes.count() == 1
         self.ema = deepcopy(net).eval().requires_grad_(False)
-        hidden = [p for p in net.parameters() if p.ndim > 1][1:-1] if recipe.muon_lr else []
+        hidden = [p for p in net.parameters() if p.ndim > 1][1:-1] if recipe.hidden_lr else []
         rest = [p for p in net.parameters() if not any(p is h for h in hidden)]
         scalar = lambda: torch.zeros((), device=first.device, dtype=torch.float32)
-        self.muon, self.muon_lr = Muon(hidden), scalar()
+        self.hidden, self.hidden_lr = (Soap if recipe.soap_lr else Muon)(hidden), scalar()
         self.adam = torch.optim.Adam(rest, scalar(), fused=True, capturable=first.is_cuda)
         self.new, self.total, self.counted = scalar(), scalar(), 0
         self.generator = torch.Generator(first.device)
@@ -65,7 +66,7 @@ class TrainingState:
         self.denoiser, self.run = Denoiser(net, recipe.sigma_data, self.autocast), self.plain
         if compiled:
             self.denoiser = Denoiser(torch.compile(net, dynamic=False), recipe.sigma_data, self.autocast)
-            if first.is_cuda and alone: self.run = Graphed(self.plain, self.generator)
+            if first.is_cuda and alone and not recipe.soap_lr: self.run = Graphed(self.plain, self.generator)
 
     @property
     def images(self): return self.steps*self.recipe.batch
@@ -81,7 +82,7 @@ class TrainingState:
         value = value.detach()
         processes.average([value, *(p.grad for p in self.net.parameters())])
         self.adam.step()
-        self.muon.step(self.muon_lr)
+        self.hidden.step(self.hidden_lr)
         with torch.no_grad():
             ema, net = list(self.ema.parameters()), list(self.net.parameters())
             torch._foreach_add_(ema, torch._foreach_mul(torch._foreach_sub(net, ema), self.new))
@@ -94,7 +95,7 @@ class TrainingState:
         r, seen = self.recipe, self.images + len(x)
         rate = learning_rate(r, seen)
         for group in self.adam.param_groups: group["lr"].fill_(rate)
-        self.muon_lr.fill_(rate*r.muon_lr/r.lr)
+        self.hidden_lr.fill_(rate*r.hidden_lr/r.lr)
         self.new.fill_(1 - ema_decay(seen, len(x), r.ema_halflife_images))
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.seed()
@@ -141,7 +142,7 @@ def save_state(
     if state.counted: state.mean_loss()
     nets = {f"{name}.{k}": v for name in ("net", "ema") for k, v in getattr(state, name).state_dict().items()}
     moments = {f"adam.{i}.{k}": v for i, s in state.adam.state_dict()["state"].items() for k, v in s.items()}
-    averages = {f"muon.{i}": m for i, m in enumerate(state.muon.averages)}
+    averages = {f"hidden.{k}": v for k, v in state.hidden.tensors().items()}
     note = {"config": config} | {k: getattr(state, k) for k in ("steps", "counted", "seconds", "curve")}
     files.save_tensors(path, nets | moments | averages | {"total": state.total}, note)
 
@@ -165,7 +166,7 @@ def load_state(
         if v.ndim: v = torch.empty_like(group["params"][int(i)]).copy_(v) # in the weights' memory format
         moments.setdefault(int(i), {})[name] = v
     state.adam.load_state_dict(state.adam.state_dict() | {"state": moments})
-    for i, m in enumerate(state.muon.averages): m.copy_(tensors[f"muon.{i}"])
+    state.hidden.load(part("hidden"), note["steps"])
     state.total.copy_(tensors["total"])
     for name in ("steps", "counted", "seconds", "curve"): setattr(state, name, note[name])
 

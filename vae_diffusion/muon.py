@@ -64,3 +64,14 @@ class Muon:
             u = u.float()*(lr*max(1, shape[0]/shape[1])**.5)
             like = lambda d, p: d.reshape(p.movedim(1, -1).shape).movedim(-1, 1)
             torch._foreach_sub_(ps, [like(d, p) for d, p in zip(u, ps)])
+
+    def tensors(self): # name -> tensor
+        "Return what a checkpoint must hold: the averages of the gradients."
+        return {str(i): m for i, m in enumerate(self.averages)}
+
+    def load(self,
+        tensors: dict, # from `tensors`
+        steps: int, # made so far, of which Muon keeps no count
+    ):
+        "Continue where another optimizer of the same weights was."
+        for i, m in enumerate(self.averages): m.copy_(tensors[str(i)])

@@ -10,6 +10,7 @@ import torch
 from dataclasses import dataclass
 from functools import lru_cache
 from .core import rng
+from .core.errors import ProjectError
 
 # %% ../nbs/method/06_recipe.ipynb #cell026
 @lru_cache(maxsize=2)
@@ -48,6 +49,7 @@ class Recipe:
     batch: int=512 # images per step
     lr: float=1e-3 # step size of Adam
     muon_lr: float=0. # step size of Muon, for weights between the first and last layer; 0: Adam for all
+    soap_lr: float=0. # step size of SOAP, for the same weights, in the place of Muon
     warmup_images: int=10_000_000 # over which the step size rises linearly from 0
     decay_images: int=0 # after which the step size falls as 1/√(images seen); 0: never
     ema_halflife_images: int=500_000 # of the moving average
@@ -56,6 +58,14 @@ class Recipe:
     sigma_data: float=0.5 # standard deviation of the images in [-1,1]
     precision: str="float32" # in which the network computes: float32 or bfloat16
     seed: int=0 # of the order, the noise and the dropout
+
+    def __post_init__(self):
+        "Raise `ProjectError` if two optimizers are asked for."
+        if self.muon_lr and self.soap_lr: raise ProjectError(
+            f"muon_lr is {self.muon_lr} and soap_lr is {self.soap_lr}: one of them must be 0")
+
+    @property
+    def hidden_lr(self): return self.muon_lr or self.soap_lr # of the weights between the first and last layer
 
 # %% ../nbs/method/06_recipe.ipynb #cell034
 def learning_rate(

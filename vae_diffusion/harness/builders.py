@@ -72,7 +72,8 @@ def build_diffusion(
         net = diffusion.unet(dataset.shape[-1], dataset.shape[0], settings.dm_widths, settings.dm_layers,
                              settings.dm_dropout)
     return net.to(device()), Recipe(
-        batch=settings.dm_batch, lr=settings.dm_lr, muon_lr=settings.dm_muon_lr,
+        batch=settings.dm_batch, lr=settings.dm_lr,
+        muon_lr=settings.dm_muon_lr, soap_lr=settings.dm_soap_lr,
         warmup_images=settings.dm_warmup, decay_images=settings.dm_decay,
         ema_halflife_images=settings.dm_ema, p_mean=settings.dm_p_mean, p_std=settings.dm_p_std,
         sigma_data=settings.dm_sigma_data, precision="bfloat16" if settings.dm_bf16 else "float32",

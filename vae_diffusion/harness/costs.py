@@ -187,7 +187,7 @@ def sample_seconds(settings):
     return seconds_per_unit(work, 256, 1.)*settings.steps/few
 
 # %% ../../nbs/harness/14_costs.ipynb #bb2b2178
-@unit("diffusion", *UNET_PARAMETERS, "dm_batch", "dm_muon_lr")
+@unit("diffusion", *UNET_PARAMETERS, "dm_batch", "dm_muon_lr", "dm_soap_lr")
 def diffusion_seconds(settings):
     "Measure one image in the training of a diffusion model."
     images, n = noise_dataset(settings, max(256, settings.dm_batch), padded=False), min(settings.dm_batch, 64)

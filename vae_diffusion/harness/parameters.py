@@ -119,6 +119,8 @@ class DiffusionSettings:
     dm_lr: float = param(0.002, "its Adam step size", low=1e-08, high=1, stage="train_diffusion")
     dm_muon_lr: float = param(0., "step size of Muon, for its hidden weights; 0: Adam for all",
         low=0, high=1, stage="train_diffusion", unless=0.)
+    dm_soap_lr: float = param(0., "step size of SOAP, for the same weights, in the place of Muon",
+        low=0, high=1, stage="train_diffusion", unless=0.)
     dm_warmup: int = param(1000, "images over which the step sizes rise from 0",
         low=0, high=10**9, stage="train_diffusion")
     dm_decay: int = param(0, "images after which they fall as one over their square root; 0: never",

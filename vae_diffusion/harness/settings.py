@@ -50,6 +50,8 @@ def validate_diffusion(
         "choose one of these, or 0 for the last")
     if settings.dm_sigma_min >= settings.dm_sigma_max:
         raise ProjectError("dm_sigma_min must be below dm_sigma_max")
+    if settings.dm_muon_lr and settings.dm_soap_lr: raise ProjectError(
+        f"dm_muon_lr is {settings.dm_muon_lr} and dm_soap_lr is {settings.dm_soap_lr}: set one of them to 0")
 
 # %% ../../nbs/harness/00_settings.ipynb #set00013
 def validate_vae(
