@@ -69,6 +69,7 @@ EVERYWHERE = dict(  # what the paper says of every data set; its diffusion model
     dm_images=200_000_000,
     dm_lr=0.001,
     dm_muon_lr=0.0,
+    dm_soap_lr=0.0,
     dm_decay=0,
     dm_ema=500_000,
     dm_dropout=0.13,
