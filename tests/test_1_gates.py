@@ -390,10 +390,11 @@ def test_overview_figure_is_drawn_from_published_results(tmp_path):
 
 
 def declared():
-    "What the library, the experiments, the page to play with and the export to Parquet say that they need."
+    "What the library, the experiments, the page to play with, the export to Parquet and SOAP say that they need."
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]
-    return [Requirement(r) for r in project["dependencies"] + extra["experiments"] + extra["play"] + extra["parquet"]]
+    more = [r for name in ("experiments", "play", "parquet", "soap") for r in extra[name]]
+    return [Requirement(r) for r in project["dependencies"] + more]
 
 
 def test_lower_bounds_are_versions_that_were_tried():
@@ -418,5 +419,5 @@ def test_what_is_imported_is_declared_and_what_is_declared_imported():
     found = {m.split(".")[0] for m in modules} - {*sys.stdlib_module_names, "vae_diffusion"}
     found -= {"pythae", "pytorch_msssim", "torchmetrics"}  # rivals of `make bench`, which installs them
     names = {"sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipykernel", "PIL": "pillow"}
-    names["huggingface_hub"] = "huggingface-hub"
+    names |= {m: m.replace("_", "-") for m in ("huggingface_hub", "pytorch_optimizer")}
     assert {names.get(m, m) for m in found} == {r.name for r in declared()}

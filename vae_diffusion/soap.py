@@ -11,7 +11,9 @@ from .core.errors import ProjectError
 
 # %% ../nbs/method/07_soap.ipynb #soap0006
 class Soap:
-    "Optimize with Adam in the eigenbasis of Shampoo's preconditioner, without weight decay: Vyas et al. 2024."
+    """Optimize with Adam in the eigenbasis of Shampoo's preconditioner, without weight decay.
+
+    Source: Vyas et al. 2024."""
     def __init__(self,
         params: list, # weights of at least two dimensions, changed in place
     ):
@@ -27,7 +29,8 @@ class Soap:
         "Make one step with the current gradients."
         self.optimizer.param_groups[0]["lr"] = float(lr)
         self.optimizer.step()
-        for s in self.optimizer.state.values(): s["Q"] = [q.contiguous() for q in s["Q"]] # as from a checkpoint
+        for s in self.optimizer.state.values():
+            s["Q"] = [q.contiguous() for q in s["Q"]] # as from a checkpoint
 
     def tensors(self): # name -> tensor
         "Return what a checkpoint must hold: averages and rotations."
