@@ -18,7 +18,7 @@ SNAKEMAKE = OMP_NUM_THREADS=1 snakemake --profile none --workflow-profile none \
   $(shell sed -En 's/[][,]//g; s/^([a-z-]+): (true)?(.*)/--\1 \3/p' workflow/profiles/local/config.yaml) \
   --snakefile workflow/Snakefile --cores $(CORES) --config dataset=$(DATASET) scale=$(SCALE) $(PART)
 PAPERMILL = papermill --log-level ERROR --no-progress-bar -k python3
-PIP_INSTALL = pip install --quiet --disable-pip-version-check
+PIP_INSTALL = pip install --quiet --no-compile --disable-pip-version-check
 # $(call python,MODULE,FUNCTION) ARGUMENT... calls a function of the harness; an error of the project is one line.
 python = OMP_NUM_THREADS=1 $(BIN)/python -c "import sys; from vae_diffusion.core import errors; \
   from vae_diffusion.harness import $(1); errors.exit_on_error($(1).$(2), *sys.argv[1:])"
@@ -198,7 +198,7 @@ $(BIN)/ready: requirements.lock requirements-torch.txt workflow/ipython_kernel_c
 	  sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or later is needed: make PYTHON=python3.11 ...')"
 	@$(if $(MOVED),echo "This checkout was moved: making its environment again")
 	$(PYTHON) -m venv $(if $(MOVED),--clear) .venv
-	@echo "Installing the pinned requirements into .venv (about 3 minutes)"
+	@echo "Installing the pinned requirements into .venv (1 to 3 minutes)"
 	$(BIN)/$(PIP_INSTALL) --no-deps --require-hashes -r requirements.lock
 	$(BIN)/$(PIP_INSTALL) -r requirements-torch.txt
 	$(BIN)/$(PIP_INSTALL) --no-deps --no-build-isolation -e .

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -213,15 +214,10 @@ def test_bad_parameters_are_refused_before_any_work(smoke, tmp_path, name, value
 @pytest.mark.data
 @pytest.mark.parametrize("dataset", ["binary_mnist", "fashion_mnist", "cifar10"])
 def test_real_data_sets_from_diffusion_to_gaps(smoke, tmp_path, dataset):
-    run(
-        *PAPERMILL,
-        "-p",
-        "method",
-        "dmaapx",
-        "-f",
-        f"nbs/experiments/params/{dataset}-smoke.yaml",
-        "nbs/experiments/measure_gaps.ipynb",
-        tmp_path / "out.ipynb",
-    )
-    done = {f.parent.name.split("-")[0] for f in (smoke / f"{dataset}-smoke").glob("*/metrics.csv")}
-    assert done == {"train_diffusion", "sample_bank", "train_vae", "measure_gaps"}
+    from vae_diffusion.harness import identity, settings
+
+    parameters = replace(settings.load_params(dataset, "smoke"), method="dmaapx")
+    for stage in "train_diffusion", "sample_bank", "train_vae", "measure_gaps":
+        experiment = identity.Run(stage, parameters)
+        forks.execute(experiment, tmp_path / "log")
+        assert experiment.done

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'CLAIMS', 'image_parts', 'run_means', 'seed_interval', 'mean_over_runs', 'summarize', 'mean_text',
-           'summary_markdown', 'compare', 'verdict', 'better_claim', 'judge_claims', 'direction', 'interval_basis',
+           'summary_markdown', 'compare', 'verdict', 'better_claim', 'judge_claims', 'directions', 'interval_basis',
            'claim_text', 'claims_markdown']
 
 # %% ../../nbs/harness/09_comparisons.ipynb #comp002
@@ -170,17 +170,19 @@ def judge_claims(
     return pd.DataFrame(rows, columns=["claim", "difference", "low", "high", "p", "verdict"])
 
 # %% ../../nbs/harness/09_comparisons.ipynb #comp015
-def direction(
+def directions(
     table: pd.DataFrame, # tidy results
-    metric: str, # its name
-    against: str="normal", # the method that DMaaPx is compared with
+    metrics, # their names
     k=None, # the main bank size
-) -> tuple: # the difference, and +1 or -1 if it is shown to be positive or negative, 0 if neither
-    "Tell which way DMaaPx differs from another method. Raises as `compare`."
-    c, claims = compare(table, metric, "dmaapx", against, k), judge_claims(table, k)
-    corrected = claims.p[claims.claim == better_claim(metric, against)[0]] if metric in METRICS else []
-    p = next(iter(corrected), p_value(c))
-    return c, int(np.sign(c.mean)) if p < .05 else 0
+) -> dict: # metric -> the difference, and +1 or -1 if it is shown to be positive or negative, 0 if neither
+    """Tell which way DMaaPx differs from normal training by each metric of which there are two seeds or more."""
+    claims, found = judge_claims(table, k).set_index("claim").p, {}
+    for metric in metrics:
+        try: c = compare(table, metric, "dmaapx", k=k)
+        except ProjectError: continue # a single seed, or not measured
+        p = claims.get(better_claim(metric, "normal")[0] if metric in METRICS else None, p_value(c))
+        found[metric] = c, int(np.sign(c.mean)) if p < .05 else 0
+    return found
 
 # %% ../../nbs/harness/09_comparisons.ipynb #comp018
 def interval_basis(

@@ -15,7 +15,7 @@ from ..core import paths
 from ..core.errors import ProjectError
 from .builders import weights_folder
 from .comparisons import (
-    CLAIMS, claims_markdown, compare, direction, interval_basis, judge_claims, summarize, summary_markdown)
+    CLAIMS, claims_markdown, compare, directions, interval_basis, judge_claims, summarize, summary_markdown)
 from .results import LABELS, last_epoch, provenance, reported_by_paper
 from .tables import read_table, table_markdown
 from ..metrics import METRICS, Metric
@@ -116,7 +116,7 @@ def difference(
 def compared(
     metric: str, # in question
     c, # difference, a `Contrast`
-    sign: int, # which way it is shown to be, from `direction`
+    sign: int, # which way it is shown to be, from `directions`
 ) -> str: # such as higher, +4.6 nats [+0.1, +9.2]
     "Say which way a metric differs."
     more, less = ("larger", "smaller") if "gap" in metric else ("higher", "lower")
@@ -130,12 +130,11 @@ def result(
     found: dict, # label of a comparison -> (tidy results, `Settings`)
 ) -> str: # Markdown, five lines
     "Say how DMaaPx differs from normal training after the last epoch, a line a metric."
-    lines = []
+    ways, lines = {label: directions(t, RESULT, s.k) for label, (t, s) in found.items()}, []
     for metric in RESULT:
-        try: parts = [compared(metric, *direction(t, metric, k=s.k)) + (f" ({label})" if label else "")
-                      for label, (t, s) in found.items()]
-        except ProjectError: continue # a single seed, or not measured
-        lines.append(f"- **{about(metric).label}**: " + "; ".join(parts))
+        parts = [compared(metric, *way[metric]) + (f" ({label})" if label else "")
+                 for label, way in ways.items() if metric in way]
+        if len(parts) == len(ways): lines.append(f"- **{about(metric).label}**: " + "; ".join(parts))
     return "\n".join(lines) or "A comparison needs two seeds or more of normal training and of DMaaPx."
 
 # %% ../../nbs/harness/17_pages.ipynb #pages017
@@ -266,32 +265,33 @@ def listed(
 # %% ../../nbs/harness/17_pages.ipynb #pages034
 def outcomes(
     found: dict, # as in `result`
-    metric: str, # in question
-    against: str="normal", # as of `direction`
-) -> dict: # "more", "less", "open" -> such as "+4.6 on digits and +6.8 on BinaryMNIST", or ""
-    "Sort comparisons by what they show of a metric."
-    lists = {"more": [], "less": [], "open": []}
+    metrics, # in question
+) -> dict: # metric -> "more", "less", "open" -> such as "+4.6 on digits and +6.8 on BinaryMNIST", or ""
+    "Sort comparisons by what they show of each metric; those that did not measure it are left out."
+    lists = {metric: {"more": [], "less": [], "open": []} for metric in metrics}
     for label, (t, s) in found.items():
-        c, sign = direction(t, metric, against, s.k)
-        lists[["open", "more", "less"][sign]].append(f"{c.mean:+z.{about(metric).decimals}f} on {label}")
+        for metric, (c, sign) in directions(t, metrics, s.k).items():
+            number = f"{c.mean:+z.{about(metric).decimals}f} on {label}"
+            lists[metric][["open", "more", "less"][sign]].append(number)
     def joined(part): return ", ".join(part[:-1]) + " and "*(len(part) > 1) + "".join(part[-1:])
-    return {kind: joined(part) for kind, part in lists.items()}
+    return {metric: {kind: joined(part) for kind, part in kinds.items()} for metric, kinds in lists.items()}
 
 # %% ../../nbs/harness/17_pages.ipynb #pages035
 def said(
-    found: dict, # as in `result`
     metric: str, # in question
+    kinds: dict, # what was found of it, from `outcomes`
 ) -> str: # such as higher, +4.6 on digits; lower, -25.5 on FashionMNIST
     "Say where DMaaPx differs from normal training by a metric, and where it is not shown to."
     more, less = ("larger", "smaller") if "gap" in metric else ("higher", "lower")
-    kinds, words = outcomes(found, metric), {"more": more, "less": less, "open": "not shown to differ"}
+    words = {"more": more, "less": less, "open": "not shown to differ"}
     return "; ".join(f"{word}, {kinds[kind]}" for kind, word in words.items() if kinds[kind])
 
 def overview(
     found: dict, # as in `result`
 ) -> str: # Markdown, five lines
     "Say where DMaaPx differs from normal training, a line a metric."
-    return "\n".join(f"- **{about(metric).label}**: {said(found, metric)}" for metric in RESULT)
+    lines = [f"- **{about(m).label}**: {said(m, kinds)}" for m, kinds in outcomes(found, RESULT).items()]
+    return "\n".join(lines)
 
 def what_was_run(
     found: dict, # as in `result`
