@@ -92,6 +92,15 @@ def test_every_snapshot_of_a_diffusion_model_is_judged(smoke, tmp_path):
     assert table[table.metric == "two_sample_test"].epoch.isna().all()
 
 
+def test_a_snapshot_before_the_first_point_of_the_curve_says_nothing_of_its_bound(smoke, tmp_path):
+    "As the first of six does in the published recipes: a thirty-second of all images, where a point is a twenty-fifth."
+    execute(tmp_path, "train_diffusion", weights="trained", dm_images=1500, dm_batch=25, dm_snapshots=6)
+    cards = {int(f.parent.name.split("-")[1]): f.read_text() for f in smoke.glob("*/*/pipeline-*/README.md")}
+    assert {seen: "bound on log p" in card for seen, card in cards.items()} == {
+        46: False, 93: True, 187: True, 375: True, 750: True
+    }
+
+
 def test_every_study_can_be_run(smoke, tries):
     "The runs of all are made. The workflow plans one study for every sequence of experiments; in `make stress` all."
     from vae_diffusion.harness import studies

@@ -103,8 +103,9 @@ def diffusion_rows(
 # %% ../../nbs/harness/06_measurements.ipynb #cardfct2
 def quality_facts(
     table: pd.DataFrame, # rows of one diffusion model: from `diffusion_rows`, or of studies with variants
-) -> dict: # what is said -> text, for `pipelines.model_card`
+) -> dict: # what is said -> text, for `pipelines.model_card`; nothing before the first point of the curve
     "Describe the quality of a diffusion model at the end of its training."
+    if table.empty: return {}
     by = ["metric", *table.columns.intersection(["variant"])]
     last, facts = table[table.epoch == table.groupby(by).epoch.transform("max")], {}
     for part in "training", "test":
