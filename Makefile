@@ -67,6 +67,7 @@ stress: $(BIN)/ready build/launch/ready
 	STRESS=build/reliability.csv $(BIN)/python -m pytest -q tests/test_2_pages.py tests/test_5_reliability.py \
 	  tests/test_3_experiments.py::test_workflow_is_interrupted_fails_in_part_resumes_and_reports \
 	  tests/test_3_experiments.py::test_every_study_can_be_run \
+	  tests/test_3_experiments.py::test_what_studies_run_comes_to_an_end \
 	  tests/test_processes.py::test_the_command_for_several_gpus
 	mv build/reliability.csv data/reliability.csv
 

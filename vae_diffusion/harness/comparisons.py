@@ -175,7 +175,7 @@ def directions(
     metrics, # their names
     k=None, # the main bank size
 ) -> dict: # metric -> the difference, and +1 or -1 if it is shown to be positive or negative, 0 if neither
-    """Tell which way DMaaPx differs from normal training by each metric of which there are two seeds or more."""
+    "Tell which way DMaaPx differs from normal training, by each metric that has two seeds or more."
     claims, found = judge_claims(table, k).set_index("claim").p, {}
     for metric in metrics:
         try: c = compare(table, metric, "dmaapx", k=k)
