@@ -5,7 +5,7 @@ CORES ?= 2
 DATASET ?= digits
 SCALE ?= cpu
 README ?= README.md
-PAGE ?= nbs/index.ipynb
+INDEX ?= nbs/index.ipynb
 PART ?=
 MINUTES ?=
 SIZE ?= 16
@@ -172,11 +172,11 @@ tidy: $(BIN)/ready
 
 # Runs nbs/index.ipynb again and makes README.md of it.
 readme: $(BIN)/ready
-	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(PAGE).new
-	mv $(PAGE).new $(PAGE)
-	$(BIN)/nbdev_clean --fname $(PAGE)
+	$(BIN)/jupyter nbconvert --log-level ERROR --to notebook --execute --stdout nbs/index.ipynb > $(INDEX).new
+	mv $(INDEX).new $(INDEX)
+	$(BIN)/nbdev_clean --fname $(INDEX)
 	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --stdout --TagRemovePreprocessor.enabled True \
-	  --TagRemovePreprocessor.remove_input_tags hide $(PAGE) | sed 's#](\.\./#](#g' | cat -s > $(README).new
+	  --TagRemovePreprocessor.remove_input_tags hide $(INDEX) | sed 's#](\.\./#](#g' | cat -s > $(README).new
 	mv $(README).new $(README)
 
 # The pages as they are stored, the reference of the library and a search, as static files: build/site/index.html.

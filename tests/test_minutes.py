@@ -148,11 +148,12 @@ def move(a, b):
 
 def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_results(whole, tmp_path):
     "Each stage is stopped at least once and resumes on the other machine, which has no bank until it draws one."
-    here, there = tmp_path / "here", tmp_path / "there"
+    here, there, kept = tmp_path / "here", tmp_path / "there", 0
     for folder in here, there:
         folder.mkdir()
     for run in STAGES:
         for stops in range(9):
+            parts = {f: f.stat().st_mtime_ns for f in here.glob("*/measure_encoder-*/amortization.json")}
             try:
                 execute(run, here, LOOKS[run.stage] + 5 * stops)
             except Stopped as e:
@@ -163,6 +164,8 @@ def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_re
                 said.endswith("run the same command again to resume from here")
                 and (here / "log").read_text().strip() == said
             )
+            assert all(f.stat().st_mtime_ns == when for f, when in parts.items()), "a finished search was repeated"
+            kept += len(parts)
             if run.stage == "sample_bank":
                 continue  # whose work is not packed
             move(here, there)
@@ -170,6 +173,7 @@ def test_runs_that_are_stopped_in_time_and_moved_to_and_fro_end_with_the_same_re
         else:
             raise AssertionError(f"{run.name} does not end")
         assert stops or run.settings.epochs == 2, f"{run.name} was not stopped"  # the reference takes two epochs
+    assert kept, "the search in measure_encoder was never done before a stop"
     move(there, here)  # which has nothing that is further
     assert content(here / "digits-smoke") == whole
     assert len(list(tmp_path.glob("*/digits-smoke/bank-*"))) == 2 and not list(

@@ -56,7 +56,7 @@ def printed_by(page):
 
 SAMPLES, TESTS = "samples", "test images"
 PROMISED = {
-    "train_vae": {"test ELBO", "at the best epoch", "generalization gap"},
+    "train_vae": {"test ELBO", "test ELBO at the best epoch", "generalization gap"},
     "measure_gaps": {"amortization gap", "robustness gap", "importance-weighted bound"},
     "measure_encoder": {"norm of the encoder's Jacobian", "approximation gap", "robustness gap, the encoder's part"},
     "sample_bank": {f"distance to the nearest training image: {images}" for images in (SAMPLES, TESTS)},

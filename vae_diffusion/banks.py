@@ -52,10 +52,12 @@ class SampleBank:
         path = self.folder/shard["file"]
         try:
             found = files.file_digest(path) if verify else shard["digest"]
-            if found != shard["digest"]: self._reject(path, shard["digest"], found)
-            try: return np.load(path, mmap_mode="r")
-            except OSError: return np.load(path) # on a disk that cannot be mapped into memory
-        except OSError as e: self._reject(path, shard["digest"], f"no readable file ({e.strerror or e})")
+            if found == shard["digest"]:
+                try: return np.load(path, mmap_mode="r")
+                except OSError: return np.load(path) # on a disk that cannot be mapped into memory
+        except Exception as e: # NumPy raises many kinds for a damaged file
+            found = f"no readable file ({getattr(e, 'strerror', None) or e})"
+        self._reject(path, shard["digest"], found)
 
     def _reject(self, path, expected, found):
         raise ProjectError(f"{path}: expected {expected}, found {found}. "
@@ -166,7 +168,8 @@ def _same(self: SampleBank, identity):
     was = self.manifest["identity"] or identity
     was, identity = ({"noise": "seeded"} | i for i in (was, identity)) # the default
     if was != identity: raise ProjectError(f"The bank {self.folder} holds other samples: " +
-        ", ".join(f"{k} is {was.get(k)}, requested is {v}" for k, v in identity.items() if was.get(k) != v) +
+        ", ".join(f"{k} is {was.get(k, 'missing')}, requested is {identity.get(k, 'missing')}"
+                  for k in was | identity if was.get(k, "missing") != identity.get(k, "missing")) +
         ". Request the same, or use another folder.")
 
 def _keep(self: SampleBank, shards, count, seconds, identity):
@@ -192,14 +195,15 @@ def to_npz(
 ):
     """Write `images`, uint8 [N,C,H,W], `levels`, and `identity` as JSON, to one file, atomically.
 
-    Raises `ProjectError` if the bank has fewer images or none, or on a disk error."""
+    Raises `ProjectError` if the bank has fewer images or none, for a negative count, or on a disk error."""
     count, identity = self._count(count), self.manifest["identity"]
     images, text = self[:count].numpy(), np.array(json.dumps(identity, sort_keys=True))
     with files.atomic_write(file) as tmp, open(tmp, "wb") as f:
         np.savez_compressed(f, images=images, levels=identity["levels"], identity=text)
 
 def _count(self: SampleBank, count):
-    "Return how many images are meant. Raises `ProjectError` if the bank has fewer or none."
+    "Return how many are meant. Raises `ProjectError` if the bank has fewer or none, or for a negative count."
+    if (count or 0) < 0: raise ProjectError(f"count is {count}: ask for at least one image, or None for all")
     if not len(self) or (count or 0) > len(self): raise ProjectError(
         f"The bank {self.folder} holds {len(self)} images, not {count or 'any'}: fill it, or ask for fewer")
     return count or len(self)
@@ -267,7 +271,8 @@ def to_parquet(
 ):
     """Write a data set of PNG images, with its card, that `datasets.load_dataset(folder)` reads, atomically.
 
-    Raises `ProjectError` if pyarrow is missing, the folder exists, or the bank has fewer images or none."""
+    Raises `ProjectError` if pyarrow is missing, the folder exists, the bank has fewer images or none, or for
+    a negative count."""
     try: import pyarrow as pa, pyarrow.parquet as pq # here, for few need it
     except ImportError as e:
         raise ProjectError("to_parquet needs pyarrow: pip install 'vae_diffusion[parquet]'") from e

@@ -32,16 +32,25 @@ def stratified_indices(
     what: str="the data set", # its name in an error message
 ) -> torch.Tensor: # int64 [n], ascending indices
     "Choose `n` images, stratified, always the same. Raises `ProjectError` if a class is empty or used up."
-    total, classes = len(labels), len(labels.unique())
+    names, sizes = labels.unique(return_counts=True)
+    total, classes = len(labels), len(names)
     if n in (0, total): return torch.arange(total)
     if not 0 < n < total:
         raise ProjectError(f"{what} has {total} images, not {n}: choose fewer, or 0 for all")
+    if sizes.min() < 2: raise ProjectError(
+        f"class {names[sizes.argmin()]} of {what} has one image, which cannot be both among the {n} that are "
+        "chosen and among the others: give it more images, or leave it out")
     if not classes <= n <= total - classes: raise ProjectError(
         f"{n} of the {total} images of {what} cannot be chosen so that each of {classes} classes "
         f"is represented: choose {classes} to {total - classes}, or 0 for all")
     from sklearn.model_selection import train_test_split
     seed = seed_of("some", n) % 2**32
     chosen, _ = train_test_split(np.arange(total), train_size=n, stratify=labels, random_state=seed)
+    for name, size, found in zip(names, sizes, [(labels[chosen] == name).sum() for name in names]):
+        if found in (0, size): raise ProjectError(
+            f"{n} of the {total} images of {what} would be {found} of the {size} of class {name}, so that "
+            f"one part has none of them: choose {'fewer' if found else 'more'} images, give the class more, "
+            "or leave it out")
     return torch.tensor(np.sort(chosen))
 
 # %% ../nbs/method/01_data.ipynb #cell015
@@ -278,7 +287,8 @@ def read_folder(
     for file in found:
         try:
             with Image.open(file) as image: mode, pixels = image.mode, np.array(image)
-        except OSError as e: raise ProjectError(f"{file} cannot be read as an image ({e}): remove it") from e
+        except Exception as e: # Pillow raises many kinds for a damaged file
+            raise ProjectError(f"{file} cannot be read as an image ({e}): remove it") from e
         if mode not in CHANNELS: raise ProjectError(
             f"{file} has the mode {mode}, and not {' or '.join(CHANNELS)}, 8 bits a channel: convert it, "
             "in Pillow with image.convert('RGB')")

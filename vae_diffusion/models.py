@@ -145,7 +145,8 @@ def has_random_layers(
     net: nn.Module, # any module
 ) -> bool:
     "Tell whether a network draws random numbers of its own in training."
-    return any(isinstance(m, (nn.Dropout, InputNoise)) for m in net.modules())
+    kinds = nn.modules.dropout._DropoutNd, nn.RReLU, InputNoise
+    return any(isinstance(m, kinds) for m in net.modules())
 
 # %% ../nbs/method/03_models.ipynb #cell025
 @float32()
@@ -221,7 +222,7 @@ def residual(
 def count_parameters(
     net: nn.Module, # any module
 ) -> int:
-    "Count the trained parameters."
+    "Count the parameters, whether or not they are trained."
     return sum(p.numel() for p in net.parameters())
 
 # %% ../nbs/method/03_models.ipynb #hub00002

@@ -52,15 +52,19 @@ def draw_step_noise(
 
 # %% ../nbs/method/10_pipelines.ipynb #fast3
 class CompiledPipeline(EDMPipeline):
-    "Sample with a compiled network and, on a GPU, with all steps of the solver as one CUDA graph."
+    """Sample with a compiled network and, on a GPU, with all steps of the solver as one CUDA graph.
+
+    Weights and noise levels are copied at the first call, and again for another `unet`, `scheduler` or
+    device. After changing them in place, set `made_for` to None."""
     batch = 1024 # images at a time
     made_for = run = None
 
     def solve(self, scheduler, solver, x, autocast, generator): # as the function `solve`
         steps, noise = len(scheduler.timesteps), x[:, None]
-        if self.made_for != (solver, steps, autocast):
+        wanted = solver, steps, autocast, x.device, self.unet, self.scheduler
+        if self.made_for != wanted:
             self.make(scheduler, solver, steps, x.device, autocast)
-            self.made_for = solver, steps, autocast
+            self.made_for = wanted
         if solver == "stochastic": noise = torch.cat([noise, draw_step_noise(generator, steps, x)], 1)
         return torch.cat([self.part(p) for p in noise.split(self.batch)])
 

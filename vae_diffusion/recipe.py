@@ -60,7 +60,10 @@ class Recipe:
     seed: int=0 # of the order, the noise and the dropout
 
     def __post_init__(self):
-        "Raise `ProjectError` if two optimizers are asked for."
+        "Raise `ProjectError` for a step size that is not above 0, an unknown precision, or two optimizers."
+        if not self.lr > 0: raise ProjectError(f"lr is {self.lr}: give Adam a step size above 0")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ProjectError(f"precision is {self.precision!r}: choose float32 or bfloat16")
         if self.muon_lr and self.soap_lr: raise ProjectError(
             f"muon_lr is {self.muon_lr} and soap_lr is {self.soap_lr}: one of them must be 0")
 

@@ -17,7 +17,8 @@ class Soap:
     def __init__(self,
         params: list, # weights of at least two dimensions, changed in place
     ):
-        "Raise `ProjectError` if pytorch-optimizer is not installed."
+        "Raise `ProjectError` if there are no weights, or if pytorch-optimizer is not installed."
+        if not params: raise ProjectError("the network has no hidden weights for SOAP: set soap_lr to 0")
         try: from pytorch_optimizer import SOAP # imported here, for it is slow, and few need it
         except ImportError as e: raise ProjectError(
             "SOAP needs pytorch-optimizer: pip install 'vae_diffusion[soap]'") from e

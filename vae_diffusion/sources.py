@@ -7,9 +7,10 @@ __all__ = ['METHODS', 'ShuffledSource', 'AugmentedSource', 'MixedSource', 'Fadin
            'Method', 'training_source']
 
 # %% ../nbs/method/12_sources.ipynb #02d214ae
-import torch
+import math, torch
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from numbers import Integral
 from . import augment
 from .core.batches import row_indices
 from .core.errors import ProjectError
@@ -150,6 +151,7 @@ class Method:
     in_paper: bool=True # whether it belongs to the paper's comparison
     config: Callable=None # (name of a data set) -> what else decides its images, a part of a run's identity
     strength: str="" # what the parameter `strength` means for it, a number above 0; empty: it has none
+    max_strength: float=math.inf # the largest `strength` that has this meaning
 
 def _augmented(label, color, policy): # the last a name of `augment.POLICIES`
     "Describe the method of an augmentation."
@@ -193,7 +195,10 @@ def _without_copies(dataset, seed, samples, strength):
     "Pass over the samples that are not nearly the same as a training image."
     train, samples = dataset.train, samples[torch.arange(len(samples))].to(dataset.train.device)
     typical = _nearest(train, train, 2) # the nearest is the image itself
-    return ShuffledSource(samples[_nearest(samples, train, 1) >= typical.quantile(strength)], seed)
+    left = samples[_nearest(samples, train, 1) >= typical.quantile(strength)]
+    if not len(left): raise ProjectError(f"strength is {strength:g}, by which all {len(samples)} samples are "
+        "near-copies: give less, or other samples")
+    return ShuffledSource(left, seed)
 
 def _asleep(dataset, seed, vae, strength):
     "Mix samples of a decoder with training images."
@@ -206,7 +211,7 @@ METHODS = {
     "aug_tuned": _augmented("Aug.Tuned", "#0072B2", "aug_tuned"),
     "dmaapx": Method("DMaaPx", "#009E73", _sampled, draws_on_bank=True),
     "mixed": Method("Mixed", "#882255", _mixed, draws_on_bank=True, in_paper=False,
-                    strength="share of training images among bank images"),
+                    strength="share of training images among bank images", max_strength=1),
     "smoothed": Method("Smoothed", "#CC79A7", _smoothed, in_paper=False,
                        strength="bandwidth of the Gaussian kernel, pixels in [0,1]"),
     "more_real": Method("More real images", "#E69F00", _more_real, in_paper=False,
@@ -215,9 +220,11 @@ METHODS = {
                         strength="effective epochs over which the noise fades"),
     "without_copies": Method(
         "DMaaPx without near-copies", "#44AA99", _without_copies, draws_on_bank=True, in_paper=False,
-        strength="share of the training images whose nearest neighbour is as near as that of a near-copy"),
+        strength="share of the training images whose nearest neighbour is as near as that of a near-copy",
+        max_strength=1),
     "asleep": Method("Samples of the decoder", "#661100", _asleep, draws_on_decoder=True, in_paper=False,
-                     strength="share of them among training images; 0.5 is reverse half asleep")}
+                     strength="share of them among training images; 0.5 is reverse half asleep",
+                     max_strength=1)}
 
 # %% ../nbs/method/12_sources.ipynb #registry2
 def training_source(
@@ -231,12 +238,19 @@ def training_source(
 ):
     """Make the training source of a method.
 
-    Raises `ProjectError` for an unknown method, too small a bank, a missing VAE, or a strength that does not
-    suit."""
+    Raises `ProjectError` for an unknown method, too small a bank, a missing VAE, or a k or a strength that
+    does not suit."""
     if method not in METHODS:
         raise ProjectError(f"method {method!r} is unknown; choose one of {', '.join(METHODS)}")
-    samples = None
+    samples, meaning, most = None, METHODS[method].strength, METHODS[method].max_strength
+    if meaning and not (math.isfinite(strength) and 0 < strength <= most): raise ProjectError(
+        f"strength is {strength:g}, but the method {method} needs one above 0"
+        f"{f' and at most {most:g}' if most < math.inf else ''}: {meaning}")
+    if not meaning and strength != 0: raise ProjectError(
+        f"strength is {strength:g}, but the method {method} has none: set it to 0")
     if METHODS[method].draws_on_bank:
+        if not isinstance(k, Integral) or k < 1: raise ProjectError(
+            f"k is {k}: give a whole number of at least 1, the samples used over the training images")
         need, found = k*len(dataset.train), 0 if bank is None else len(bank)
         if found < need: raise ProjectError(
             f"{method} with k={k} needs {need} samples, but the bank holds {found}: "

@@ -145,18 +145,21 @@ def atomic_folder(
 ):
     """Yield a new folder that replaces `folder`, with its `SHA256SUMS`, if the block succeeds.
 
-    Raises `ProjectError` on a disk error."""
+    An interruption leaves the old folder or the new one. Raises `ProjectError` on a disk error."""
     folder = Path(folder)
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         place = {"dir": folder.parent, "prefix": ".tmp.", "ignore_cleanup_errors": True}
         with tempfile.TemporaryDirectory(**place) as tmp:
-            new = Path(tmp)/"new"
+            new, old = Path(tmp)/"new", Path(tmp)/"old"
             new.mkdir()
             yield new
             write_checksums(new)
-            if folder.exists(): folder.rename(Path(tmp)/"old")
-            new.rename(folder)
+            try:
+                if folder.exists(): folder.rename(old)
+                new.rename(folder)
+            finally: # also when it is interrupted between the two
+                if old.exists() and not folder.exists(): old.rename(folder)
 
 # %% ../../nbs/core/03_files.ipynb #cell029
 def save_tensors(

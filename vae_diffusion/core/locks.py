@@ -57,7 +57,9 @@ def release(
 def folder_lock(
     folder, # as in `acquire`
 ):
-    "Lock the folder while the block runs."
+    "Lock the folder while the block runs; within a block that holds it already, leave it locked."
+    held = Path(folder).resolve() in _held
     acquire(folder)
     try: yield
-    finally: release(folder)
+    finally:
+        if not held: release(folder)

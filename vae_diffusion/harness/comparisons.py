@@ -39,7 +39,12 @@ def image_parts(
 def run_means(
     rows: list, # per method: the rows of its runs
 ) -> np.ndarray: # [A,S], NaN where a method lacks a seed
-    "Arrange the results of runs by method and seed."
+    """Arrange the results of runs by method and seed.
+
+    Raises `ValueError` if a method has several runs of a seed, such as of several bank sizes."""
+    for r in rows:
+        if r.seed.duplicated().any(): raise ValueError(
+            f"{r.method.iloc[0]} has several runs of a seed: give k if they differ in the size of the bank")
     return pd.concat([r.set_index("seed").value for r in rows], axis=1).sort_index().T.to_numpy(float)
 
 # %% ../../nbs/harness/09_comparisons.ipynb #cell013
@@ -57,7 +62,9 @@ def mean_over_runs(
     method: str, # in question
     k=None, # its bank size, if it draws on a bank
 ) -> Contrast: # the interval is NaN for a single seed
-    "Average a metric after the last epoch over seeds and images, with a 95 % interval."
+    """Average a metric after the last epoch over seeds and images, with a 95 % interval.
+
+    Raises as `run_means`."""
     t = last_epoch(table, metric, k)
     rows = [t[t.method == method]]
     if len(rows[0]) < 2: return Contrast(rows[0].value.mean(), *[float("nan")]*4)
@@ -114,13 +121,13 @@ def compare(
 ) -> Contrast:
     """Subtract the mean of `against` from that of `method` after the last epoch, with a 95 % interval.
 
-    Raises `ProjectError` if one of them has fewer than two seeds."""
+    Raises `ProjectError` if they have fewer than two seeds in common, and as `run_means`."""
     t = last_epoch(table, metric, k)
     other = last_epoch(table, against_metric or metric, against_k or k)
     rows = [t[t.method == method], other[other.method == against]]
-    if min(map(len, rows)) < 2:
-        raise ProjectError(f"an interval for {metric} needs two seeds of {method} and of {against}, "
-            f"there are {len(rows[0])} and {len(rows[1])}")
+    common = len({*rows[0].seed} & {*rows[1].seed})
+    if common < 2: raise ProjectError(
+        f"an interval for {metric} needs two seeds of both {method} and {against}, there are {common}")
     rest = [r for m, r in t.groupby("method") if m not in (method, against)]
     weights = np.array([1., -1.])
     return contrast(run_means(rows + rest), [*weights, *[0.]*len(rest)], image_parts(table, rows, weights))

@@ -135,14 +135,16 @@ def image_counts(
 def worth(
     counts: pd.DataFrame, # from `image_counts`
 ) -> pd.DataFrame: # size of the bank, mean, low, high: real images over |D_train|, and seeds
-    "Find how many real images give the test ELBO of a number of samples, by seed, with 95 % intervals."
+    """Find how many real images give the test ELBO of a number of samples, by seed, with 95 % intervals.
+
+    A bank that is worth less than the smallest number counts as that, NaN if it is worth more than all."""
     rows, real = [], counts[counts.method == "more_real"]
     for size, bank in counts[counts.method == "dmaapx"].groupby("size"):
         logs = []
         for seed, value in zip(bank.seed, bank.value):
             curve = real[real.seed == seed].sort_values("size")
             rising = np.maximum.accumulate(curve.value)
-            logs.append(np.interp(value, rising, np.log(curve["size"])))
+            logs.append(np.interp(value, rising, np.log(curve["size"]), right=np.nan))
         rows.append([size, *np.exp(student_interval(logs)[:3]), len(logs)])
     return pd.DataFrame(rows, columns=["size", "mean", "low", "high", "seeds"])
 
@@ -169,7 +171,8 @@ def worth_figure(
 def by_run(
     table: pd.DataFrame, # tidy results
 ) -> pd.DataFrame: # a row a run: method, seed, and a column for each metric
-    "Arrange the results of runs in rows."
+    "Arrange the results of runs after their last epoch in rows."
+    table = pd.concat([last_epoch(table, metric) for metric in table.metric.unique()])
     return table.pivot_table(index=["method", "seed"], columns="metric", values="value").reset_index()
 
 def correlation_within(

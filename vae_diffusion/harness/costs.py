@@ -247,9 +247,10 @@ class CostModel:
 
     def step(self, settings): # all parameters
         "Return the seconds of a VAE's training step, compiled if the settings say so."
-        banked = METHODS[settings.method].draws_on_bank # a bank is read as fast
-        method = "normal" if banked else settings.method
-        seconds = self("step", replace(settings, method=method))
+        method = METHODS[settings.method]
+        if method.draws_on_bank or method.strength: # their images are read about as fast
+            settings = replace(settings, method="normal", strength=0.)
+        seconds = self("step", settings)
         if not settings.compile: return seconds
         if settings.net not in self.compiled: self.compiled[settings.net] = compile_speedup(settings.net)
         return seconds/self.compiled[settings.net][0]

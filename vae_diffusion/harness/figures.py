@@ -100,12 +100,11 @@ def draw_scores(
         about = PANELS[metric]
         t = found[(found.row == row) & (found.metric == metric) & found.paper.fillna("").ne("")]
         ax.set_title(f"{about.label} / {about.unit}\n{BETTER[about.better]}" if row == rows[0] else "")
-        if metric == [*PANELS][0]:
-            ax.set_ylabel(textwrap.fill(row, 15))
-            run = set(found.label[found.row == row])
-            for at in [at for at, label in enumerate(labels) if label not in run]:
-                ax.annotate("not run", (.5, at), xycoords=("axes fraction", "data"),
-                            ha="center", va="center", color="0.3")
+        if metric == [*PANELS][0]: ax.set_ylabel(textwrap.fill(row, 15))
+        run = set(found.label[(found.row == row) & (found.metric == metric)])
+        for at in [at for at, label in enumerate(labels) if label not in run]:
+            ax.annotate("not run", (.5, at), xycoords=("axes fraction", "data"),
+                        ha="center", va="center", color="0.3")
         for label, text in zip(t.label, t.paper):
             ax.annotate(text, (1, labels.index(label)), xycoords=("axes fraction", "data"),
                         va="center", **beside)
@@ -175,9 +174,11 @@ def elbo_against_k(
     color, style = ({label: look[i] for label, look in looks.items()} for i in (0, 1))
     means = pd.DataFrame(means, columns=["label", "x", "mean", "low", "high"])
     plot = so.Plot(pd.concat([means, t, levels], ignore_index=True), x="x", color="label", linestyle="label")
-    plot = plot.add(so.Band(alpha=.12), ymin="level_low", ymax="level_high", legend=False)
-    plot = plot.add(so.Line(linewidth=1), y="level", legend=False).add(so.Line(), y="mean", legend=False)
-    plot = add_means(plot, "y").scale(x="log", color=color, linestyle=style)
+    if len(levels): # there is normal training
+        plot = plot.add(so.Band(alpha=.12), ymin="level_low", ymax="level_high", legend=False)
+        plot = plot.add(so.Line(linewidth=1), y="level", legend=False)
+    plot = add_means(plot.add(so.Line(), y="mean", legend=False), "y")
+    plot = plot.scale(x="log", color=color, linestyle=style)
     plot = plot.label(x="k = diffusion samples / training images",
                       y="test ELBO / nats per image\n(higher is better)")
     fig = draw_plot(plot, 2.6, title)
@@ -187,7 +188,7 @@ def elbo_against_k(
     return fig
 
 # %% ../../nbs/harness/10_figures.ipynb #33ab4635
-OVERVIEW = ("Difference from normal training after the last epoch: mean and 95 % interval;\n"
+OVERVIEW = ("Difference from normal training (orange line) after the last epoch: mean and 95 % interval;\n"
             "beside it the paper's difference, after 1000 epochs")
 
 # %% ../../nbs/harness/10_figures.ipynb #4f89761e

@@ -143,11 +143,13 @@ def measure_samples(
 ) -> list: # of rows
     """Compare images with the training images in four ways; distances are of the first 2,000.
 
+    The two-sample test is of the first images, as many as there are training images.
     Raises as `check_levels`."""
     device, n = next(vae.parameters()).device, len(images)
     def unit(x): return to_unit(x, dataset.levels)
     real = dataset.train[torch.randperm(len(dataset.train), generator=rng.generator("real"))[:n]]
-    accuracy = two_sample_test(images, real, dataset.levels, epochs, device=device, progress=progress)
+    pair = images[:len(real)], real
+    accuracy = two_sample_test(*pair, dataset.levels, epochs, device=device, progress=progress)
     near = torch.cat([nearest_neighbours(unit(x), unit(dataset.train))[0] for x in images[:2000].split(500)])
     elbo = metrics.elbo(vae, pad(images, side), dataset.levels)
     frechet = frechet_distance(*(extract_features(net, x, dataset.levels) for x in (images, dataset.train)))

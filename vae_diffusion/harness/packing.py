@@ -208,12 +208,17 @@ def take_run(
     run, # folder of an unpacked run
     folder, # beside it, for the run that it replaces
 ) -> bool: # whether it was taken
-    "Move an unpacked run to its place unless the run there is as far or further."
-    mine = paths.runs()/run.parent.name/run.name
+    """Move an unpacked run to its place unless the run there is as far or further.
+
+    An interruption leaves one of the two in its place."""
+    mine, old = paths.runs()/run.parent.name/run.name, folder/f"{run.name}.old"
     with locks.folder_lock(mine):
         if run_progress(mine) >= run_progress(run): return False
-        mine.rename(folder/f"{run.name}.old")
-        run.rename(mine)
+        try:
+            mine.rename(old)
+            run.rename(mine)
+        finally: # also when it is interrupted between the two
+            if old.exists() and not mine.exists(): old.rename(mine)
     return True
 
 # %% ../../nbs/harness/16_packing.ipynb #c688a615

@@ -86,10 +86,11 @@ def agreement(
     other = off > 1e-5*both.value_published.abs()
     if not other.any():
         return f"All {len(both):,} numbers that are published of these runs came out the same."
-    worst = both.loc[(off/both.stderr.clip(lower=1e-9)).idxmax()]
+    worst = both.loc[(off/both.stderr.fillna(0).clip(lower=1e-9)).idxmax()]
+    of = LABELS[worst.method] + f", seed {worst.seed:g}" if worst.method in LABELS else "the bank"
     return (f"Of {len(both):,} numbers that are published of these runs {other.sum():,} came out otherwise, "
             "as they do on another processor; farthest off, by its standard error, "
-            f"is the {name_metric(worst.metric)} of {LABELS[worst.method]}, seed {worst.seed:g}: "
+            f"is the {name_metric(worst.metric)} of {of}: "
             f"{worst.value:g}, published {worst.value_published:g}.")
 
 # %% ../../nbs/harness/17_pages.ipynb #pages011

@@ -118,7 +118,7 @@ def quality_figure(
     draw_distances(axes[3], table, looks)
     titles = {"bound on log p / nats": "higher is better",
               "told from training images\n/ accuracy": "lower is better",
-              "ELBO under a VAE of\nreal images / nats": "higher is better",
+              "ELBO under a VAE of\nreal images / nats": "best: as test images",
               "distance to the nearest\ntraining image": "best: as test images"}
     for ax, (what, better) in zip(axes, titles.items()): ax.set_title(f"{what}\n({better})")
     for ax in axes[:3]: ax.set(xlabel="effective epoch", xlim=(0, None))

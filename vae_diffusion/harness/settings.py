@@ -8,7 +8,7 @@ __all__ = ['IGNORED', 'PARAMETERS', 'PLAIN', 'MINUTES', 'snapshots', 'validate_d
            'read_params', 'load_params', 'pick_params']
 
 # %% ../../nbs/harness/00_settings.ipynb #cell002
-import ast, difflib
+import ast, difflib, math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 import yaml
@@ -60,9 +60,11 @@ def validate_vae(
     "Raise `ProjectError` if the parameters of the VAE and of its measurement do not go together."
     side, samples, dataset = settings.side, settings.star_samples, settings.dataset
     method, meaning = settings.method, METHODS[settings.method].strength
-    if bool(meaning) != bool(settings.strength): raise ProjectError(
-        f"strength is {settings.strength:g}, but the method {method} " +
-        (f"needs one above 0: {meaning}" if meaning else "has none: set it to 0"))
+    most = METHODS[method].max_strength if meaning else 0
+    if not (0 < settings.strength <= most if meaning else settings.strength == 0): raise ProjectError(
+        f"strength is {settings.strength:g}, but the method {method} " + (
+        f"needs one above 0{f' and at most {most:g}' if most < math.inf else ''}: {meaning}"
+        if meaning else "has none: set it to 0"))
     other, plain = settings.decoder_of, [name for name, m in METHODS.items() if not m.strength]
     if other and other not in plain:
         raise ProjectError(f"decoder_of is {other!r}; choose one of {', '.join(plain)}")

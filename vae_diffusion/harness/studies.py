@@ -22,7 +22,7 @@ from . import quality_figures, solver_study
 from ..core.errors import ProjectError
 from ..core.files import atomic_write
 from .builders import publish_weights
-from .figures import KEY, OVERVIEW, PAPER, forest_plot
+from .figures import KEY, OVERVIEW, PANELS, PAPER, forest_plot
 from .identity import Run
 from .results import reported_by_paper
 from .runs import read_results
@@ -205,7 +205,7 @@ def compared_variants(
 
 # %% ../../nbs/harness/13_studies.ipynb #24f8a322
 def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
-    """Collect the published comparisons that have three seeds or more.
+    """Collect the published comparisons that have three seeds or more by every metric.
 
     At scale cpu of each of the paper's methods; at scale paper of normal training and DMaaPx at least."""
     methods, found = sorted(name for name, method in METHODS.items() if method.in_paper), {}
@@ -215,10 +215,11 @@ def complete_comparisons() -> dict: # name -> (tidy results, `Settings`)
             if file.exists(): found[label] = read_table(file), load_params(name, scale)
     for study in map(load_study, study_files()): found |= compared_variants(study)
     def complete(table, settings):
-        needed = ["normal", "dmaapx"] if settings.scale == "paper" else methods
-        return (table.groupby("method").seed.nunique().reindex(needed, fill_value=0) > 2).all()
-    order = [*data.DATASETS]
-    rows = sorted(found.items(), key=lambda item: order.index(item[1][1].dataset))
+        needed = product(["normal", "dmaapx"] if settings.scale == "paper" else methods, PANELS)
+        seeds = table.groupby(["method", "metric"]).seed.nunique()
+        return all(seeds.get(of, 0) > 2 for of in needed)
+    order = {name: at for at, name in enumerate(data.DATASETS)} # data sets of one's own come last
+    rows = sorted(found.items(), key=lambda item: order.get(item[1][1].dataset, len(order)))
     return {name: (table, settings) for name, (table, settings) in rows if complete(table, settings)}
 
 

@@ -119,8 +119,8 @@ def gap_at_equal_fit(
     curves: dict, # label -> from `mean_curve`
     levels, # training ELBOs, nats
 ) -> str: # Markdown
-    "Write the generalization gap at equal training ELBO; - where a run does not come so far."
-    rows = {name: np.interp(levels, c.elbo_train, c.elbo_train - c.elbo_test, right=np.nan)
+    "Write the generalization gap at equal training ELBO; - outside of what a run came through."
+    rows = {name: np.interp(levels, c.elbo_train, c.elbo_train - c.elbo_test, np.nan, np.nan)
             for name, c in curves.items()}
     t = pd.DataFrame(rows, index=levels).T.map(lambda gap: "-" if np.isnan(gap) else f"{gap:.1f}")
     return t.to_markdown(disable_numparse=True, colalign=["left", *["right"]*len(levels)])

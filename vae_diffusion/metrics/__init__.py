@@ -38,7 +38,7 @@ class Metric:
 # %% ../../nbs/metrics/06_metrics.ipynb #metreg3
 METRICS = {
     "elbo_test": Metric("test ELBO", better="higher", stage="train_vae"),
-    "elbo_test_best": Metric("at the best epoch", better="higher", drawn=False, stage="train_vae"),
+    "elbo_test_best": Metric("test ELBO at the best epoch", better="higher", drawn=False, stage="train_vae"),
     "generalization_gap": Metric("generalization gap", stage="train_vae"),
     "amortization_gap": Metric("amortization gap"),
     "robustness_gap": Metric("robustness gap", unit="MS-SSIM", decimals=3, margin=.01),

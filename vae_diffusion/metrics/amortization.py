@@ -6,16 +6,17 @@
 __all__ = ['AmortizationGap', 'candidate_elbo', 'fit_posteriors', 'averaged_elbo', 'gap_of_batch', 'amortization_gap']
 
 # %% ../../nbs/metrics/03_amortization.ipynb #f3a2e154
-import shutil, torch
+import torch
 from dataclasses import dataclass
 from pathlib import Path
 from torch.distributions import Normal
+from ..core.errors import ProjectError
 from ..core.files import load_tensors, save_tensors
 from ..core.precision import matmul_precision
 from ..core.rng import generator
 from ..core.stopping import stoppable
 from ..levels import to_unit
-from .bounds import batch_size_for, evaluating, posteriors
+from .bounds import _digest_of, batch_size_for, evaluating, posteriors
 from ..models import unchecked
 
 
@@ -117,6 +118,19 @@ def gap_of_batch(
     pair = torch.stack([q.loc, best[0]]), torch.stack([2*q.scale.log(), best[1]])
     return *averaged_elbo(vae, x, *pair, final, generator("measure", seed, i)), trace, prior, *best
 
+# %% ../../nbs/metrics/03_amortization.ipynb #delete00
+def _delete_files(
+    files: list, # of one folder, from `save_tensors`
+):
+    "Delete files, and their folder if nothing else is in it."
+    folder = files[0].parent
+    for file in files:
+        for unfinished in folder.glob(f".{file.name}.*.tmp"): unfinished.unlink()
+        file.unlink()
+    if [f.name for f in folder.iterdir()] == ["SHA256SUMS"]:
+        (folder/"SHA256SUMS").unlink()
+        folder.rmdir()
+
 # %% ../../nbs/metrics/03_amortization.ipynb #cell031
 def amortization_gap(
     vae, # a `models.VAE`
@@ -132,23 +146,30 @@ def amortization_gap(
 ) -> AmortizationGap:
     """Compare the ELBO of the best factorised Gaussian with the encoder's, per image (Cremer et al. 2018).
 
-    Raises `ValueError` for odd `samples`, and as `Family.check`."""
+    Raises `ValueError` for odd `samples`, `ProjectError` if the folder holds batches of another search, and
+    as `Family.check`."""
     vae.family.check(images, levels)
     if samples < 2 or samples % 2:
         raise ValueError(f"samples come in antithetic pairs: {samples} is not an even number of 2 or more")
-    batches, parts = images.split(batch or batch_size_for(vae, images, 2*samples)), []
+    size = batch or batch_size_for(vae, images, 2*samples)
+    batches, parts, files = images.split(size), [], []
+    known = folder and _digest_of(vae, [images], levels, steps, samples, lr, final, size, seed)
     names = "q", "star", "trace", "prior", "mean", "log_var"
     def progress(): return len(parts), len(batches), "batches of images"
     with evaluating(vae), unchecked(vae), stoppable(progress, at_once=True) as asked:
         for i, x in enumerate(batches):
             if asked: break
-            file = folder and Path(folder)/f"batch-{i}.safetensors"
-            if file and file.exists():
-                stored, _ = load_tensors(file, next(vae.parameters()).device)
+            if folder: files.append(Path(folder)/f"batch-{i}.safetensors")
+            if folder and files[i].exists():
+                stored, found = load_tensors(files[i], next(vae.parameters()).device)
+                if found != known: raise ProjectError(
+                    f"{files[i]} is of a search with another model, other images or other options, and is "
+                    "not resumed: delete the batches in this folder, or give another folder")
                 parts.append([stored[name] for name in names])
-            else: parts.append(gap_of_batch(vae, x, levels, steps, samples, lr, final, seed, i))
-            if file: save_tensors(file, dict(zip(names, parts[-1])))
-    if folder: shutil.rmtree(folder)
+            else:
+                parts.append(gap_of_batch(vae, x, levels, steps, samples, lr, final, seed, i))
+                if folder: save_tensors(files[i], dict(zip(names, parts[-1])), known)
+    if folder: _delete_files(files)
     along = 0, 0, -1, 0, 0, 0
     q, star, trace, prior, mean, log_var = (torch.cat(p, d).cpu() for p, d in zip(zip(*parts), along))
     return AmortizationGap(q, star, trace.mean(-1), prior, Normal(mean, (log_var/2).exp()))

@@ -9,8 +9,11 @@ __all__ = ['evaluating', 'batch_size_for', 'posteriors', 'log_likelihoods', 'eva
 # %% ../../nbs/metrics/02_bounds.ipynb #7aa4ddc1
 import math, torch
 from contextlib import contextmanager
+from pathlib import Path
 from torch.distributions import Normal
 from ..core.batches import map_batches
+from ..core.errors import ProjectError
+from ..core.files import digest, load_tensors
 from ..core.precision import matmul_precision
 from ..core.rng import generator
 from ..core.stopping import resumable_range
@@ -97,6 +100,33 @@ def elbo(
         reconstruction = sum(log_likelihoods(vae, images, levels, z_k, batch) for z_k in z)/samples
         return (reconstruction - vae.kl(q).double()).cpu()
 
+# %% ../../nbs/metrics/02_bounds.ipynb #resume01
+def _digest_of(
+    vae, # a `models.VAE`
+    tensors: list, # of which something is measured
+    *options, # that decide the numbers too, such as the seed
+) -> str: # 12 hexadecimal digits
+    "Return a digest of what decides a measurement: the model, tensors and options."
+    def of_one(t):
+        values = t.detach().cpu().contiguous().flatten()
+        return [list(t.shape), digest(values.view(torch.uint8).numpy().tobytes())]
+    return digest([*map(of_one, [*vae.state_dict().values(), *tensors]), *map(str, (vae.family, *options))])
+
+# %% ../../nbs/metrics/02_bounds.ipynb #resume02
+def _resumable_measurement(
+    known: str, # from `_digest_of`; None if there is no file
+    steps: int, # this and the next two parameters as in `resumable_range`
+    file,
+    *states,
+): # yields numbers
+    "Yield as `resumable_range`. Raises `ProjectError` if the file holds another measurement."
+    if not file: return resumable_range(steps, None, *states)
+    number = torch.tensor(int(known, 16))
+    if Path(file).exists() and not number.equal(load_tensors(file)[0].get("0.digest", torch.tensor(-1))):
+        raise ProjectError(f"{file} holds a measurement of another model or other images, or with other "
+                           "options, and is not resumed: delete it, or give another file")
+    return resumable_range(steps, file, {"digest": number}, *states)
+
 # %% ../../nbs/metrics/02_bounds.ipynb #cell018
 @torch.no_grad()
 def iwae(
@@ -109,14 +139,18 @@ def iwae(
     file=None, # where an interrupted measurement is stored; None: nowhere
     proposal: Normal=None, # [N,L,...], of the importance samples; None: the encoder's q
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
-    "Compute each image's importance-weighted bound (Burda et al. 2016, eq. 8). Raises as `Family.check`."
+    """Compute each image's importance-weighted bound (Burda et al. 2016, eq. 8).
+
+    Raises as `Family.check`, and `ProjectError` if the file holds another measurement."""
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)
         q, device = proposal or posteriors(vae, images, levels, batch), next(vae.parameters()).device
         q = Normal(q.loc.to(device), q.scale.to(device), validate_args=False)
         state = {"total": torch.full(images.shape[:1], -torch.inf, dtype=torch.float64, device=q.loc.device)}
-        for k in resumable_range(K, file, state):
+        given = [proposal.loc, proposal.scale] if proposal else []
+        known = file and _digest_of(vae, [images, *given], levels, K, seed)
+        for k in _resumable_measurement(known, K, file, state):
             eps = evaluation_noise(q, "elbo", seed, k)
             z = q.loc + q.scale*eps
             ratio = (eps.double()**2 - z.double()**2)/2 + q.scale.double().log() # log p(z)/q(z|x)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from torch.distributions import Normal, kl_divergence
 from ..core.precision import matmul_precision
 from ..core.rng import generator
-from ..core.stopping import resumable_range
 from ..levels import check_unit
-from .bounds import evaluating, evaluation_noise
+from .bounds import _digest_of, _resumable_measurement, evaluating, evaluation_noise
 from .ssim import ms_ssim
 from ..models import unchecked
 
@@ -81,12 +80,15 @@ def gradient_ascent(
     pixels=(0, 1), # as of `project_linf`
     file=None, # where an interrupted search is stored; None: nowhere
 ): # [m,C,H,W] twice
-    "Return each row's best and last iterate; the first gradient is at the start, even outside the ball."
+    """Return each row's best and last iterate; the first gradient is at the start, even outside the ball.
+
+    Raises `ProjectError` if the file holds another search."""
     with torch.no_grad(): q = vae.encode(x)
     best = project_linf(x, shift, delta, pixels)
     with torch.no_grad(): kl = symmetric_kl(vae.encode(best), q)
     plateau, now = Plateau(lr, kl), {"eps": shift.clone(), "best": best, "kl": kl}
-    for i in resumable_range(steps + 1, file, now, vars(plateau)):
+    known = file and _digest_of(vae, [x, shift, *map(torch.as_tensor, pixels)], steps, lr, delta)
+    for i in _resumable_measurement(known, steps + 1, file, now, vars(plateau)):
         x_i = (x + now["eps"]).clamp_(*pixels).requires_grad_()
         value = symmetric_kl(vae.encode(x_i), q)
         slope, = torch.autograd.grad(value.sum(), x_i)
@@ -112,7 +114,9 @@ def attack(
     own_range: bool=False, # keep each attacked image between its image's lowest and highest pixel
     file=None, # where an interrupted search is stored; None: nowhere
 ) -> Attack:
-    "Attack the encoder (Kuzina et al. 2022). Raises `TypeError` or `ValueError` for images not in [0,1]."
+    """Attack the encoder (Kuzina et al. 2022).
+
+    Raises `TypeError` or `ValueError` for images not in [0,1], and as `gradient_ascent`."""
     check_unit(x)
     noise, shape = generator("attack", seed), (len(x), restarts, *x.shape[1:])
     start = .2*torch.randn(shape, generator=noise, dtype=torch.float32).to(x)

@@ -67,7 +67,7 @@ def train_classifier(
     levels: int, # number of pixel levels
     classes: int=2, # number of classes
     epochs: int=5, # passes over the images
-    batch: int=100, # images per step
+    batch: int=100, # images per step; a single one that remains joins the step before
     lr: float=5e-3, # Adam's peak step size, in a one-cycle schedule
     seed: int=0, # of the weights and the data order
     device="cpu", # where to train
@@ -81,7 +81,10 @@ def train_classifier(
         net = classifier(images.shape[1], classes=classes).to(device)
     images, labels = images.to(device), labels.to(device)
     adam = torch.optim.Adam(net.parameters(), lr)
-    per_epoch, order = -(-len(images)//batch), None
+    whole, rest = divmod(len(images), batch)
+    sizes = [batch]*whole + [rest]*(rest > 0)
+    if whole and rest == 1: sizes[-2:] = [batch + 1] # BatchNorm may need more than one
+    per_epoch, order = len(sizes), None
     rate = torch.optim.lr_scheduler.OneCycleLR(adam, lr, epochs*per_epoch)
     for p in net.parameters(): # as Adam's first step would, so that a stored state has where to go
         zero = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
@@ -90,7 +93,7 @@ def train_classifier(
     for step in progress_bar(steps, total=epochs*per_epoch, disable=not progress, leave=False):
         epoch, i = divmod(step, per_epoch)
         if not i or order is None:
-            order = torch.randperm(len(images), generator=rng.generator(name, seed, epoch)).split(batch)
+            order = torch.randperm(len(images), generator=rng.generator(name, seed, epoch)).split(sizes)
         if rate.last_epoch < step: # training was resumed
             rate.last_epoch = step - 1
             with warnings.catch_warnings(action="ignore"): rate.step() # warns that Adam made none before
@@ -105,17 +108,21 @@ def train_classifier(
 # %% ../../nbs/metrics/05_sample_quality.ipynb #cell007
 def two_sample_test(
     a: torch.Tensor, # uint8 [n,C,H,W]
-    b: torch.Tensor, # uint8 [m,C,H,W]
+    b: torch.Tensor, # uint8 [n,C,H,W]
     levels: int, # number of pixel levels
     epochs: int=5, # passes over the first halves, on which the classifier is trained
     **how, # other parameters of `train_classifier`
 ) -> torch.Tensor: # float64, for each image of the second halves: 1 if it was classified correctly, else 0
     """Apply a classifier two-sample test (Lopez-Paz and Oquab 2017).
 
-    Raises `ValueError` if the images differ in shape, and as `levels.check_levels`."""
+    Raises `ValueError` if the images differ in shape or in number, or if there are fewer than two, and as
+    `levels.check_levels`."""
     for x in a, b: check_levels(x, levels)
     if a.shape[1:] != b.shape[1:]:
         raise ValueError(f"all images must have one shape, found {list(a.shape[1:])} and {list(b.shape[1:])}")
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError("a two-sample test compares equally many images of both kinds, at least two of "
+                         f"each: give as many, instead of {len(a)} and {len(b)}")
     cut = lambda part: torch.cat([part(a), part(b)])
     labels = lambda n, m: torch.arange(n + m) >= n
     halves = len(a)//2, len(b)//2
@@ -131,12 +138,17 @@ def frechet_distance(
     a: torch.Tensor, # [n,d], features
     b: torch.Tensor, # [m,d]
 ) -> float: # ≥ 0, in squared units of the features
-    "Compute the squared Fréchet distance of Gaussians fitted to two sets (Dowson and Landau 1982)."
+    """Compute the squared Fréchet distance of Gaussians fitted to two sets (Dowson and Landau 1982).
+
+    Raises `ValueError` for a set of fewer than two."""
+    if min(len(a), len(b)) < 2: raise ValueError(
+        f"a Gaussian is fitted to each set: give features of two images or more, not {len(a)} and {len(b)}")
     a, b = a.double(), b.double()
     p, q = (torch.atleast_2d(t.T.cov()) for t in (a, b))
     eigenvalues = torch.linalg.eigvals(p @ q).real # those of p^½ q p^½, which are not negative
     root = eigenvalues.clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + p.trace() + q.trace() - 2*root).item()
+    moved = (a.mean(0) - b.mean(0)).square().sum()
+    return (moved + p.trace() + q.trace() - 2*root).clamp(min=0).item() # rounding may end below 0
 
 # %% ../../nbs/metrics/05_sample_quality.ipynb #7c862be3
 def extract_features(

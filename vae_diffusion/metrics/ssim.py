@@ -46,7 +46,7 @@ def ms_ssim(
     window: int=14, # side of the window, pixels
     sigma: float=1.5, # of the Gaussian, pixels
     kuzina: bool=False, # as the code of Kuzina et al. (2022) computes it, which differs in two points
-) -> torch.Tensor: # float64 [n], in [0,1]
+) -> torch.Tensor: # float64 [n], in [0,1] up to rounding
     "Compute MS-SSIM (Wang et al. 2003) at any size. Raises `ValueError` for two shapes, or as `check_unit`."
     for t in x, y: check_unit(t)
     if x.shape != y.shape:

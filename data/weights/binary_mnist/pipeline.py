@@ -31,7 +31,10 @@ def to_levels(
     x: torch.Tensor, # float, any shape; values outside [0,1] are clamped
     levels: int, # how many values a pixel can take, 2..256
 ) -> torch.Tensor: # uint8 in 0..levels-1
-    "Round to the nearest level, halves up. Raises `TypeError` for integers, `ValueError` for NaN."
+    """Round to the nearest level, halves up.
+
+    Raises `TypeError` for integers, and `ValueError` for NaN, or unless there are 2 to 256 levels."""
+    if not 2 <= levels <= 256: raise ValueError(f"a pixel must have 2..256 levels, not {levels}")
     if not x.is_floating_point(): raise TypeError(f"to_levels: expected floating point, found {x.dtype}")
     if x.isnan().any(): raise ValueError("to_levels: found NaN, which has no level")
     return (x.float().clamp(0, 1)*(levels-1)+0.5).floor().to(torch.uint8)
