@@ -14,6 +14,8 @@ import yaml
 from conftest import ROOT, run, snakemake, tracked
 from jupyter_client.manager import start_new_kernel
 
+from vae_diffusion.harness import execution
+
 
 def make(*arguments, folder=ROOT, **variables):
     "Exit status and what was said to the user."
@@ -125,10 +127,11 @@ handlers["kernel_info_request"] = slow
 """
 
 
-def test_a_kernel_that_ends_while_it_is_still_at_work_says_nothing():
+@pytest.mark.parametrize("told", [[], execution.QUIET["extra_arguments"]], ids=["on its own", "within a run"])
+def test_a_kernel_that_ends_while_it_is_still_at_work_says_nothing(told):
     "The last that papermill asks of a kernel is kernel_info; with the reply it interrupts it, and ends it."
     with tempfile.TemporaryFile("w+") as said:
-        manager, client = start_new_kernel(kernel_name="python3", stderr=said)
+        manager, client = start_new_kernel(kernel_name="python3", stderr=said, extra_arguments=told)
         client.execute_interactive(SLOW, timeout=60)
         client.kernel_info(reply=True, timeout=60)
         manager.shutdown_kernel()

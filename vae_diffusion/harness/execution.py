@@ -28,7 +28,7 @@ def non_default_parameters(
     return {name: list(v) if isinstance(v, tuple) else v for name, v in told.items()}
 
 # %% ../../nbs/harness/04_execution.ipynb #36e7fafb
-QUIET = {"progress_bar": False, "extra_arguments": ["--log-level=40"]} # 40: errors of the kernel alone
+QUIET = {"progress_bar": False, "extra_arguments": ["--log-level=50"]} # 50: no word on the signal that ends a kernel
 
 def execute(
     run: Run, # of an experiment
