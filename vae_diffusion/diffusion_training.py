@@ -100,6 +100,7 @@ class TrainingState:
         with torch.random.fork_rng([x.device] if x.is_cuda else []):
             self.seed()
             try: self.run(x)
+            except torch.OutOfMemoryError: raise
             except Exception as e:
                 if self.denoiser.net is self.net: raise
                 why = f"{type(e).__name__}: {str(e)[:500]}"

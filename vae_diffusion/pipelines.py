@@ -91,6 +91,7 @@ class CompiledPipeline(EDMPipeline):
     def part(self, x): # float64 [n,1,C,H,W] or [n,1+steps,C,H,W], n at most `batch` -> float64 [n,C,H,W]
         if self.run is not self.plain:
             try: return self.run(pad(x, (0, 0)*4 + (0, self.batch - len(x))))[:len(x), 0].clone()
+            except torch.OutOfMemoryError: raise
             except Exception as e:
                 why = f"{type(e).__name__}: {str(e)[:500]}"
                 print(f"Compiling failed, sampling goes on without: {why}", flush=True)

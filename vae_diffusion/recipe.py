@@ -60,8 +60,11 @@ class Recipe:
     seed: int=0 # of the order, the noise and the dropout
 
     def __post_init__(self):
-        "Raise `ProjectError` for a step size that is not above 0, an unknown precision, or two optimizers."
-        if not self.lr > 0: raise ProjectError(f"lr is {self.lr}: give Adam a step size above 0")
+        "Raise `ProjectError` for a number out of its range, an unknown precision, or two optimizers."
+        for name in "batch", "lr", "p_std", "sigma_data", "ema_halflife_images":
+            if not getattr(self, name) > 0: raise ProjectError(f"{name} is {getattr(self, name)}: give one above 0")
+        for name in "muon_lr", "soap_lr", "warmup_images", "decay_images":
+            if not getattr(self, name) >= 0: raise ProjectError(f"{name} is {getattr(self, name)}: give 0 or more")
         if self.precision not in ("float32", "bfloat16"):
             raise ProjectError(f"precision is {self.precision!r}: choose float32 or bfloat16")
         if self.muon_lr and self.soap_lr: raise ProjectError(

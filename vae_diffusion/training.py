@@ -16,6 +16,7 @@ from .core.files import load_tensors, save_tensors
 from .core.precision import matmul_precision
 from .core.rng import generator
 from .core.stopping import stoppable
+from .metrics.bounds import evaluating
 from .models import unchecked
 from .training_step import Adam, make_step
 
@@ -52,15 +53,17 @@ class Member:
     vae: torch.nn.Module # `models.VAE`, trained in place
     source: object # of its images: `batch(start, n)` -> uint8 [n,C,H,W]
     seed: int=0 # of its latent noise
-    evaluate: object=None # vae -> dict of numbers, among which `elbo_test` decides the best epoch
+    evaluate: object=None # vae, in evaluation mode -> dict of numbers; `elbo_test` decides the best epoch
     folder: object=None # for snapshots and `checkpoint.safetensors`; None stores nothing
     run: str="" # identity of the run, written into its checkpoint
 
     def load(self,
         lr: float, # Adam's step size
         weight_decay: float=0., # of Adam
+        settings: dict={}, # name -> what else must be the same to continue
     ):
         "Make optimiser and state, from the checkpoint if it exists. Raises `ProjectError` for another run's."
+        self.settings = {"lr": lr, "weight_decay": weight_decay, "seed": self.seed} | settings
         trained = [p for p in self.vae.parameters() if p.requires_grad]
         self.opt, self.state = Adam(trained, lr, weight_decay), Fit()
         if self.vae.latent_shape is None: raise ValueError("give the VAE its `latent_shape` to train it")
@@ -69,6 +72,11 @@ class Member:
         tensors, note = load_tensors(self.file, self.opt.params[0].device)
         if note.pop("run") != self.run: raise ProjectError(
             f"{self.file} belongs to another run than {self.run!r}: use another folder, or delete the file")
+        before = note.pop("settings")
+        for name, value in self.settings.items():
+            if value != before[name]: raise ProjectError(
+                f"{self.file} was written with {name} = {before[name]}, which is now {value}: "
+                "use another folder, or delete the file")
         part = lambda p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)}
         self.vae.load_state_dict(part("last."))
         for k, t in self.opt.state().items(): t.copy_(tensors[k])
@@ -79,7 +87,7 @@ class Member:
         if not self.file: return
         last = {f"last.{k}": v for k, v in self.vae.state_dict().items()}
         best = {f"best.{k}": v for k, v in self.state.best.items()}
-        note = {"run": self.run} | {k: v for k, v in vars(self.state).items() if k != "best"}
+        note = {"run": self.run, "settings": self.settings} | {k: v for k, v in vars(self.state).items() if k != "best"}
         save_tensors(self.file, last | best | self.opt.state(), note)
 
     def measure(self,
@@ -89,7 +97,8 @@ class Member:
         "Evaluate the model, store its weights if `snapshot_epochs` says so, and write the checkpoint."
         if self.folder and epoch in snapshot_epochs:
             save_tensors(Path(self.folder)/f"epoch{epoch}.safetensors", self.vae.state_dict())
-        self.state.record(epoch, self.vae, self.evaluate(self.vae) if self.evaluate else {})
+        with evaluating(self.vae): numbers = self.evaluate(self.vae) if self.evaluate else {}
+        self.state.record(epoch, self.vae, numbers)
         self.save()
 
 # %% ../nbs/method/14_training.ipynb #cell032
@@ -143,7 +152,7 @@ class BlockLoader:
         with torch.cuda.stream(self.stream):
             parts = [load_block(m.vae, m.source, i, self.batch, m.seed, self.device) for m in self.members]
             x, eps = parts[0] if len(parts) == 1 else (torch.stack(part, 1) for part in zip(*parts))
-            self.members[0].vae.family.check(x[0], self.levels)
+            self.members[0].vae.family.check(x, self.levels)
         self.held = {k: v for k, v in self.held.items() if k == i - 1} | {i: [*zip(x, eps)]}
 
     def get(self,
@@ -190,7 +199,8 @@ def fit_stack(
 
     Raises as `fit`.
     """
-    for m in members: m.load(lr, weight_decay)
+    same = {"n_train": n_train, "levels": levels, "batch": batch, "decay": decay and epochs, "kl_warmup": kl_warmup}
+    for m in members: m.load(lr, weight_decay, same)
     states, vaes, group, saved = [m.state for m in members], [m.vae for m in members], None, time.monotonic()
     done = lambda epoch: -(-epoch*n_train//batch)
     def rates(i): # the step size and, while it is warmed up, the weight of the KL
@@ -230,7 +240,7 @@ def fit(
     batch: int=100, # images per step
     lr: float=1e-3, # Adam's step size, at the start if `decay`
     seed: int=0, # of the latent noise
-    evaluate=None, # vae -> dict of numbers, among which `elbo_test` decides the best epoch
+    evaluate=None, # vae, in evaluation mode -> dict of numbers; `elbo_test` decides the best epoch
     eval_epochs=(), # epochs at which to evaluate, besides the last
     snapshot_epochs=(), # evaluated epochs whose weights are stored, as `epoch<number>.safetensors`
     folder=None, # for these and `checkpoint.safetensors`; None stores nothing
@@ -244,7 +254,7 @@ def fit(
 ) -> Fit:
     """Maximise the ELBO, resuming from `folder`. Parameters that need no gradient stay as they are.
 
-    Raises `ProjectError` for a loss that is not finite or the checkpoint of another run, `ValueError` if the
+    Raises `ProjectError` for a loss that is not finite or a checkpoint of other settings, `ValueError` if the
     VAE does not know its `latent_shape`, or as `Family.check`.
     """
     member = Member(vae, source, seed, evaluate, folder, run)

@@ -168,6 +168,7 @@ def make_step(members, levels, compile): # as in `training.fit_stack`; all membe
         else: opt.lr = lr
         inputs = (x, eps) if beta is None else (x, eps, torch.tensor(beta, device=x.device))
         try: loss = seeded(*inputs)
+        except torch.OutOfMemoryError: raise
         except Exception as e:
             if run is plain or not on_gpu: raise
             why = f"{type(e).__name__}: {str(e)[:500]}"

@@ -91,7 +91,9 @@ def elbo(
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
     """Compute the ELBO of each image in evaluation mode (Kingma and Welling 2014, eq. 10).
 
-    Raises `TypeError` or `ValueError` if the images do not fit the likelihood, as `Family.check`."""
+    Raises `TypeError` or `ValueError` if the images do not fit the likelihood, as `Family.check`, and
+    `ValueError` for less than one sample."""
+    if samples < 1: raise ValueError(f"an ELBO needs at least one sample of z, not {samples}")
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)
@@ -141,7 +143,9 @@ def iwae(
 ) -> torch.Tensor: # float64 [N], nats, on the CPU
     """Compute each image's importance-weighted bound (Burda et al. 2016, eq. 8).
 
-    Raises as `Family.check`, and `ProjectError` if the file holds another measurement."""
+    Raises as `Family.check`, `ValueError` for less than one sample, and `ProjectError` if the file holds
+    another measurement."""
+    if K < 1: raise ValueError(f"the bound needs at least one importance sample, not {K}")
     vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae):
         batch = batch or batch_size_for(vae, images)

@@ -58,8 +58,8 @@ def contrast(
     "Compute a mean or a difference of methods with its interval over runs and images. Raises as `fit_runs`."
     from scipy.stats import t # imported here, for it takes a second that most runs do not need
     runs, weights = np.asarray(runs, float), np.asarray(weights, float)
-    (mean, of_all, df), compared = fit_runs(runs, weights), weights != 0
-    of_runs = max(of_all, fit_runs(runs[compared], weights[compared])[1])
+    (mean, *of_all), compared = fit_runs(runs, weights), weights != 0
+    of_runs, df = max(of_all, [*fit_runs(runs[compared], weights[compared])[1:]])
     of_images, together = sum(p[0] for p in parts), sum(p[1] for p in parts)
     variance = max(of_runs + of_images - together, of_runs, of_images)
     squares = of_runs**2/df + sum(p[0]**2/p[2] for p in parts)

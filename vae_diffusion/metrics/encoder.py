@@ -8,8 +8,9 @@ __all__ = ['WAY', 'ENCODER', 'jacobian_norms', 'steepest_slopes', 'log_q_on_the_
 
 # %% ../../nbs/metrics/08_encoder.ipynb #enc00002
 import torch
+from copy import deepcopy
 from torch import nn
-from ..levels import to_unit
+from ..levels import check_unit, to_unit
 from . import Metric
 from .bounds import batch_size_for, evaluating, posteriors
 from ..core.batches import map_batches
@@ -23,7 +24,10 @@ def jacobian_norms(
     steps: int=50, # of the power iteration
     seed: int=0, # of the directions in which it starts
 ) -> torch.Tensor: # [n], on the CPU
-    "Compute the spectral norm of the Jacobian of the encoder's mean at each image."
+    """Compute the spectral norm of the Jacobian of the encoder's mean at each image, all of them at once.
+
+    Raises as `levels.check_unit`."""
+    check_unit(x)
     def norm(t): return t.flatten(1).norm(dim=1).view(-1, *[1]*(t.ndim - 1))
     def mean(x): return vae.encode(x).loc
     v = torch.randn(x.shape, generator=generator("jacobian", seed), dtype=torch.float32).to(x)
@@ -42,7 +46,10 @@ def steepest_slopes(
     b: torch.Tensor, # [n,C,H,W] in [0,1], other images
     steps: int=20, # of the straight line from a to b
 ) -> torch.Tensor: # [n], on the CPU
-    "Find how fast the encoder's mean moves in the steepest step from one image to another."
+    """Find how fast the encoder's mean moves in the steepest step from one image to another.
+
+    Raises `ValueError` if two of the images are the same, or as `levels.check_unit`."""
+    if (a == b).flatten(1).all(1).any(): raise ValueError("there is no way from an image to itself")
     with evaluating(vae):
         means = [vae.encode(torch.lerp(a, b, i/steps)).loc.flatten(1) for i in range(steps + 1)]
     moved = torch.stack([(p - q).norm(dim=1) for p, q in zip(means, means[1:])])
@@ -69,7 +76,8 @@ def latent_means(
     images: torch.Tensor, # uint8 [N,C,H,W]
     levels: int, # number of pixel levels
 ) -> torch.Tensor: # float32 [N,L], on the CPU
-    "Encode images to the means of their posteriors."
+    "Encode images to the means of their posteriors. Raises as `Family.check`."
+    vae.family.check(images, levels)
     with evaluating(vae), unchecked(vae), torch.no_grad():
         return posteriors(vae, images, levels, batch_size_for(vae, images)).loc.flatten(1).cpu()
 
@@ -103,7 +111,8 @@ def reconstruction_psnr(
     images: torch.Tensor, # uint8 [N,C,H,W]
     levels: int, # number of pixel levels
 ) -> torch.Tensor: # float64 [N], dB, on the CPU
-    "Compute the peak signal-to-noise ratio of each image's reconstruction from the posterior's mean."
+    "Compute the peak signal-to-noise ratio of each reconstruction from a mean. Raises as `Family.check`."
+    vae.family.check(images, levels)
     device = next(vae.parameters()).device
     def error(x):
         x = to_unit(x.to(device), levels)
@@ -134,7 +143,10 @@ def swap_decoder(
     images: torch.Tensor, # uint8 [N,C,H,W], to which the linear map between their latents is fitted
     levels: int, # number of pixel levels
 ) -> VAE:
-    "Join the encoder of one VAE with the decoder of another by a linear map between their latents."
+    """Join copies of a VAE's encoder and another's decoder by a linear map between their latents.
+
+    Raises as `Family.check`."""
+    vae.family.check(images, levels)
     batch = batch_size_for(vae, images)
     with torch.no_grad(), evaluating(vae), evaluating(other):
         q, p = (posteriors(v, images, levels, batch) for v in (vae, other))
@@ -143,8 +155,8 @@ def swap_decoder(
     square = centred.T @ centred + torch.diag(scale.square().sum(0)) # of samples, not of means
     weight = torch.linalg.solve(square, centred.T @ target)
     shift = target.mean(0) - mean.mean(0) @ weight
-    decoder = Translated(other.decoder, weight.float(), shift.float(), other.latent_shape)
-    return VAE(vae.encoder, decoder, other.family, vae.latent_shape).eval()
+    decoder = Translated(deepcopy(other.decoder), weight.float(), shift.float(), other.latent_shape)
+    return VAE(deepcopy(vae.encoder), decoder, other.family, vae.latent_shape).eval()
 
 # %% ../../nbs/metrics/08_encoder.ipynb #enc00031
 def half_sum_and_difference(

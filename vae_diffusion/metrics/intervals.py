@@ -46,8 +46,12 @@ def bootstrap(
     seed: int=0, # of the resampling
     level: float=.95, # confidence level in (0,1)
 ) -> Interval:
-    "Compute the mean over images with its bootstrap interval. For two methods: `bootstrap(a - b)`."
+    """Compute the mean over images with its bootstrap interval. For two methods: `bootstrap(a - b)`.
+
+    Raises `ValueError` unless there is one row of values."""
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"one value per image is needed, not values of shape {list(values.shape)}")
     return percentile_interval(values.mean(), resample_means(values, n, generator("bootstrap", seed)), level)
 
 # %% ../../nbs/metrics/00_intervals.ipynb #cell009

@@ -23,7 +23,9 @@ def nearest_neighbours(
 ) -> tuple: # distances [n] ≥ 0, indices [n] into `train`
     "Find the nearest training image of each image by Euclidean distance. Raises as `levels.check_unit`."
     for images in x, train: check_unit(images)
-    return torch.cdist(x.flatten(1), train.flatten(1)).min(1)
+    others = train.flatten(1)
+    indices = torch.cat([torch.cdist(part, others).argmin(1) for part in x.flatten(1).split(500)])
+    return (x - train[indices]).flatten(1).norm(dim=1), indices # `cdist` rounds small distances, of copies
 
 # %% ../../nbs/metrics/05_sample_quality.ipynb #cell005
 class ResidualBlock(nn.Module):
