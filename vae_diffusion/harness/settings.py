@@ -153,8 +153,7 @@ def collect_settings(
 ) -> Settings:
     """Collect the settings among names and their values, and start the clock of a notebook given minutes.
 
-    Raises `ProjectError` for a name that is not a parameter, an invalid value, or a data set without a scale
-    or the other way round where `params` is given, and as `pick_params`."""
+    Raises `ProjectError` for a name that is not a parameter, or an invalid value, and as `pick_params`."""
     notebook = "__builtins__" in names
     own = notebook_values(names) if notebook else names
     plain = {k: v for k, v in own.items() if not notebook or isinstance(v, PLAIN)}
@@ -168,11 +167,10 @@ def collect_settings(
         if k in own and k not in plain:
             raise ProjectError(f"{k} is {own[k]!r}, of type {type(own[k]).__name__}: give a number, a text, "
                 "true or false, or a list")
-    chosen = {"dataset", "scale"} & found.keys()
-    if "params" not in own or len(chosen) == 2: return Settings(**found)
-    if chosen: raise ProjectError(f"{''.join(chosen)} is given without the other of dataset and scale: choose the "
-        "parameters by one name, such as -p params digits-paper, or give their file, -f")
-    return replace(pick_params(own["params"]), **found)
+    if "params" not in own or {"dataset", "scale"} <= found.keys(): return Settings(**found)
+    named = pick_params(own["params"])
+    of = {f.name: validate_value(f, found.get(f.name, getattr(named, f.name))) for f in fields(Settings)[:2]}
+    return replace(load_params(**of), **found)
 
 # %% ../../nbs/harness/00_settings.ipynb #set00030
 def params_file(
