@@ -330,7 +330,7 @@ def test_no_parameter_is_overwritten(notebook):
 
 
 # Tables whose augmented runs resampled bilinearly; nbs/differences.ipynb names them.
-BILINEAR = {"fashion_mnist-cpu", "fashion_mnist-mol", "cifar10-cpu"}
+BILINEAR = {"fashion_mnist-mol", "cifar10-cpu"}
 
 
 @pytest.mark.parametrize("csv", [f for f in tracked("data/results/*.csv") if "/bench-" not in f])
