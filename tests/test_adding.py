@@ -86,8 +86,9 @@ from vae_diffusion import data, metrics
 from vae_diffusion.harness import comparisons, figures, results, runs, settings
 assert Path(vae_diffusion.__file__).is_relative_to(Path.cwd())
 data.register("photos", np.random.default_rng(0).integers(256, size=(300, 8, 8)))
-chosen = dataclasses.replace(settings.load_params("photos", "cpu"), methods=("normal", "erased", "dmaapx"), seeds=(0, 1),
-                             epochs=2, dm_images=1000, n_test=20, ks=(2,))
+methods = "normal", "erased", "dmaapx"
+chosen = dataclasses.replace(settings.load_params("photos", "cpu"), methods=methods, seeds=(0, 1), epochs=2,
+                             dm_images=1000, n_test=20, ks=(2,))
 for run in results.grid(chosen):
     forks.execute(run, Path("log"))
     measured = {name for name, metric in metrics.METRICS.items() if metric.stage == run.stage}

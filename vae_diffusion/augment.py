@@ -165,8 +165,10 @@ def warp(
     offset = ((offset + LAG*(matrix.sum(2) - 1))/source).to(x)[..., None]
     to_x, to_y = (matrix*target/source[:, None]).to(x).unbind(2)
     column, row = (torch.linspace(-1, 1, 2*n + 10, dtype=x.dtype, device=x.device) for n in (w, h))
-    grid = (to_x[..., None]*column)[:, :, None] + (to_y[..., None]*row + offset)[..., None] # [n,2,2H+10,2W+10]
-    fine = F.grid_sample(up_y @ (x @ up_x.T), grid.movedim(1, 3), padding_mode="reflection", align_corners=True)
+    along = (to_y[..., None]*row + offset)[..., None] # [n,2,2H+10,1]
+    grid = along + (to_x[..., None]*column)[:, :, None] # [n,2,2H+10,2W+10]
+    how = dict(padding_mode="reflection", align_corners=True)
+    fine = F.grid_sample(up_y @ (x @ up_x.T), grid.movedim(1, 3), **how)
     return (down_y @ (fine @ down_x.T)).clamp(0, 1)
 
 # %% ../nbs/method/04_augment.ipynb #cell036

@@ -62,9 +62,11 @@ class Recipe:
     def __post_init__(self):
         "Raise `ProjectError` for a number out of its range, an unknown precision, or two optimizers."
         for name in "batch", "lr", "p_std", "sigma_data", "ema_halflife_images":
-            if not getattr(self, name) > 0: raise ProjectError(f"{name} is {getattr(self, name)}: give one above 0")
+            if not (value := getattr(self, name)) > 0:
+                raise ProjectError(f"{name} is {value}: give one above 0")
         for name in "muon_lr", "soap_lr", "warmup_images", "decay_images":
-            if not getattr(self, name) >= 0: raise ProjectError(f"{name} is {getattr(self, name)}: give 0 or more")
+            if not (value := getattr(self, name)) >= 0:
+                raise ProjectError(f"{name} is {value}: give 0 or more")
         if self.precision not in ("float32", "bfloat16"):
             raise ProjectError(f"precision is {self.precision!r}: choose float32 or bfloat16")
         if self.muon_lr and self.soap_lr: raise ProjectError(

@@ -16,7 +16,6 @@ from .core.files import load_tensors, save_tensors
 from .core.precision import matmul_precision
 from .core.rng import generator
 from .core.stopping import stoppable
-from .metrics.bounds import evaluating
 from .models import unchecked
 from .training_step import Adam, make_step
 
@@ -90,6 +89,10 @@ class Member:
         note = {"run": self.run, "settings": self.settings} | {k: v for k, v in vars(self.state).items() if k != "best"}
         save_tensors(self.file, last | best | self.opt.state(), note)
 
+    def train(self):
+        "Put the networks that learn into training mode; a frozen one keeps BatchNorm's statistics."
+        for net in self.vae.children(): net.train(any(p.requires_grad for p in net.parameters()))
+
     def measure(self,
         epoch, # effective epochs done
         snapshot_epochs, # epochs after which the weights are stored
@@ -97,7 +100,9 @@ class Member:
         "Evaluate the model, store its weights if `snapshot_epochs` says so, and write the checkpoint."
         if self.folder and epoch in snapshot_epochs:
             save_tensors(Path(self.folder)/f"epoch{epoch}.safetensors", self.vae.state_dict())
-        with evaluating(self.vae): numbers = self.evaluate(self.vae) if self.evaluate else {}
+        self.vae.eval()
+        numbers = self.evaluate(self.vae) if self.evaluate else {}
+        self.train()
         self.state.record(epoch, self.vae, numbers)
         self.save()
 
@@ -199,16 +204,17 @@ def fit_stack(
 
     Raises as `fit`.
     """
-    same = {"n_train": n_train, "levels": levels, "batch": batch, "decay": decay and epochs, "kl_warmup": kl_warmup}
-    for m in members: m.load(lr, weight_decay, same)
+    same = {"n_train": n_train, "levels": levels, "batch": batch, "kl_warmup": kl_warmup,
+            "decay": decay and epochs}
+    for m in members:
+        m.load(lr, weight_decay, same)
+        m.train()
     states, vaes, group, saved = [m.state for m in members], [m.vae for m in members], None, time.monotonic()
     done = lambda epoch: -(-epoch*n_train//batch)
     def rates(i): # the step size and, while it is warmed up, the weight of the KL
         rate = lr*(1 - i/done(epochs)) if decay else lr
         return (rate, min(1., i/done(kl_warmup))) if kl_warmup else (rate,)
     total, seen = done(epochs)*batch*len(members), lambda: sum(s.step for s in states)*batch
-    for net in (net for vae in vaes for net in vae.children()):
-        net.train(any(p.requires_grad for p in net.parameters())) # a frozen one keeps BatchNorm's statistics
     with (unchecked(*vaes), stoppable(lambda: (seen(), total, "images")) as asked,
           progress_bar(total=total, initial=seen(), unit="image", unit_scale=True,
                        disable=not progress, leave=False) as bar):

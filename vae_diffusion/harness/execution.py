@@ -28,7 +28,8 @@ def non_default_parameters(
     return {name: list(v) if isinstance(v, tuple) else v for name, v in told.items()}
 
 # %% ../../nbs/harness/04_execution.ipynb #36e7fafb
-QUIET = {"progress_bar": False, "extra_arguments": ["--log-level=50"]} # 50: no word on the signal that ends a kernel
+# 50: a kernel says nothing about the signal that ends it
+QUIET = {"progress_bar": False, "extra_arguments": ["--log-level=50"]}
 
 def execute(
     run: Run, # of an experiment
