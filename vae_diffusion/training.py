@@ -86,7 +86,8 @@ class Member:
         if not self.file: return
         last = {f"last.{k}": v for k, v in self.vae.state_dict().items()}
         best = {f"best.{k}": v for k, v in self.state.best.items()}
-        note = {"run": self.run, "settings": self.settings} | {k: v for k, v in vars(self.state).items() if k != "best"}
+        note = {k: v for k, v in vars(self.state).items() if k != "best"}
+        note |= {"run": self.run, "settings": self.settings}
         save_tensors(self.file, last | best | self.opt.state(), note)
 
     def train(self):
